@@ -1,0 +1,56 @@
+# Everything runs in .venv, which is made on first use and again when what it depends on changes.
+#   make demo | test | lint | build | bench | clean
+#   make PYTHON=python3.12 ...            another interpreter (3.10 or newer)
+#   make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...
+#                                         PyTorch's CPU builds, without several GB of CUDA packages
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+OUT ?= demo-out
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: venv demo test lint build bench clean
+.DEFAULT_GOAL := venv
+
+venv: $(STAMP)
+
+$(STAMP): pyproject.toml setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "error: $(PYTHON) is older than 3.10; set PYTHON=python3.x" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' \
+	  || { echo "error: $(PYTHON) lacks venv (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[test,metrics]"
+	@touch $@
+
+demo: $(STAMP)
+	$(BIN)/thg-engine demo --out $(OUT)
+
+# One thread per worker: the tests are many small tensors, where threads cost more than they give,
+# and two workers with all cores each fight over them.
+test: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# setuptools reuses build/ and would pack files that have left the tree: it is removed first.
+build: $(STAMP)
+	rm -rf build dist
+	$(BIN)/python -m build --wheel --outdir dist
+	@rm -rf build
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest benchmarks/bench_plan.py --benchmark-only
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(OUT) .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,63 @@
+"""Tortoise and Hare Guidance for diffusers: fewer network evaluations, the same images.
+
+    import thg_engine
+    pipe = thg_engine.compile(pipe)                # in place; returns the pipeline
+    image = pipe("a cat", num_inference_steps=50, guidance_scale=7.5).images[0]
+    print(pipe.thg.report())
+    thg_engine.uncompile(pipe)
+
+Source: Tortoise and Hare Guidance, NeurIPS 2025, arXiv 2511.04117.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .curves import Calibration
+from .engine import Engine
+from .guidance import CFG, THG, CFGCache, Guidance, GuidanceInterval, SelectiveGuidance
+from .plan import SamplingPlan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CFG",
+    "THG",
+    "CFGCache",
+    "Calibration",
+    "Engine",
+    "GuidanceInterval",
+    "SamplingPlan",
+    "SelectiveGuidance",
+    "calibrate",
+    "compile",
+    "uncompile",
+]
+
+
+def compile(
+    pipe: Any,
+    guidance: Guidance | SamplingPlan | str = "auto",
+    calibration: Calibration | str | Path | None = None,
+    nfe: int | float | None = None,
+) -> Any:
+    """Accelerate a diffusers pipeline in place; see `thg_engine.integrations.diffusers.compile`."""
+    from .integrations.diffusers import compile as compile_pipeline
+
+    return compile_pipeline(pipe, guidance, calibration, nfe)
+
+
+def uncompile(pipe: Any) -> Any:
+    """Undo `compile`: the original class and modules, nothing left behind."""
+    from .integrations.diffusers import uncompile as uncompile_pipeline
+
+    return uncompile_pipeline(pipe)
+
+
+def calibrate(pipe: Any, prompts: Sequence[str], **options: Any) -> Calibration:
+    """Measure a pipeline's error curves; see `thg_engine.integrations.diffusers.calibrate`."""
+    from .integrations.diffusers import calibrate as calibrate_pipeline
+
+    return calibrate_pipeline(pipe, prompts, **options)

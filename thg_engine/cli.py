@@ -1,0 +1,261 @@
+"""``thg-engine demo | calibrate | doctor``: the command line.
+
+Mistakes of the user end in one line on stderr and exit status 2, never in a traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .errors import InvalidArgument, ThgError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from .curves import Calibration
+
+EPILOG = """\
+examples:
+  thg-engine demo --out demo-out             see it work on the pipeline in the box, offline
+  thg-engine doctor                          what is installed here, and what is missing
+  thg-engine calibrate runwayml/stable-diffusion-v1-5 --prompts captions.txt --out sd15.json
+                                             then: thg_engine.compile(pipe, calibration="sd15.json")
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = argparse.ArgumentParser(
+        prog="thg-engine",
+        description="Tortoise and Hare Guidance for diffusers: fewer evaluations, the same images.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"thg-engine {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_calibrate(commands)
+    doctor = commands.add_parser(
+        "doctor",
+        help="show versions, devices, and what is missing",
+        description="Versions, devices and tools here; what is missing and how to get it.",
+    )
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo",
+        help="compare guidance methods on the pipeline in the box",
+        description="Generates the same seeds with full guidance (CFG), CFG with fewer steps, "
+        "CFG-Cache and THG, and writes DIR/demo.png (columns: methods, rows: prompts) and "
+        "DIR/demo.json (NFE, seconds, distances, accuracy). Needs no network and no GPU.",
+    )
+    demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
+    demo.add_argument("--images", type=int, default=40, help="prompts, one image each (40)")
+    demo.add_argument("--guidance-scale", type=float, default=5.0, help="w (5.0); 1 is off")
+    demo.add_argument("--seed", type=int, default=0, help="of the initial noise (0)")
+    demo.add_argument(
+        "--quick", action="store_true", help="10 images, one timed pass: a smoke test"
+    )
+    demo.set_defaults(run=_demo)
+
+
+def _add_calibrate(commands: Any) -> None:
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="measure a model's error curves",
+        description="Measures the local errors of tortoise and hare (Algorithm 3 of the paper) on "
+        "your prompts and saves them; one file serves every number of steps, scale and budget. "
+        "Costs 4 evaluations per step and prompt. The prompts are measured in two halves, and how "
+        "well their grids agree is printed.",
+    )
+    calibrate.add_argument("model", metavar="MODEL", help="folder, hub name, or 'demo'")
+    calibrate.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE", help="one per line"
+    )
+    calibrate.add_argument("--out", type=Path, metavar="FILE", help="(calibration.json)")
+    calibrate.add_argument("--guidance-scale", type=float, default=7.5, help="w (7.5)")
+    calibrate.add_argument("--steps", type=int, default=50, help="fine steps (50)")
+    calibrate.add_argument("--solver", default="ddim", help="ddim, dpm2, dpmpp2m, lms2, flow_euler")
+    calibrate.add_argument("--negative-prompt", default="")
+    calibrate.add_argument("--batch-size", type=int, default=8)
+    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.set_defaults(run=_calibrate)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    """``thg-engine demo``."""
+    from rich.console import Console
+
+    from .demo.compare import Settings, compare
+    from .demo.sheet import contact_sheet
+    from .doctor import collect, machine_line
+
+    size = {"images": 10, "repeats": 1, "reference_steps": 100} if args.quick else {}
+    settings = Settings(
+        **{"images": args.images, **size}, guidance_scale=args.guidance_scale, seed=args.seed
+    )
+    _writable(args.out)
+    result = compare(settings)
+    sheet = contact_sheet(**result.pop("sheet"))
+    sheet.save(args.out / "demo.png")
+    document = {
+        **result,
+        "settings": dataclasses.asdict(settings),
+        "machine": machine_line(),
+        "versions": {name: dataclasses.asdict(found) for name, found in collect().items()},
+    }
+    (args.out / "demo.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(demo_table(result["methods"], settings.guidance_scale))
+    console.print(f"{machine_line()}; c2 = {result['c2']:.2f} (time of a doubled batch / a single)")
+    console.print(f"wrote {args.out / 'demo.png'} and {args.out / 'demo.json'}", soft_wrap=True)
+
+
+def demo_table(rows: Sequence[dict[str, Any]], guidance_scale: float) -> Table:
+    """The demo's rows for the terminal."""
+    from rich.table import Table
+
+    table = Table(title=f"The pipeline in the box, DDIM, w = {guidance_scale:g}")
+    heads = ("method", "steps", "NFE", "s/image", "speed-up", "PSNR to CFG", "error to converged")
+    for head in (*heads, "class acc.", "class+colour"):
+        table.add_column(head, justify="left" if head == "method" else "right")
+    for row in rows:
+        psnr = "-" if row["psnr_to_cfg"] is None else f"{row['psnr_to_cfg']:.1f} dB"
+        table.add_row(
+            row["method"],
+            str(row["num_steps"]),
+            str(row["nfe"]),
+            f"{row['seconds_per_image']:.3f}",
+            f"{row['speedup']:.2f}x",
+            psnr,
+            f"{100 * row['rel_error_to_converged']:.1f} %",
+            f"{100 * row['accuracy']:.0f} %",
+            f"{100 * row['joint_accuracy']:.0f} %",
+        )
+    return table
+
+
+def _calibrate(args: argparse.Namespace) -> None:
+    """``thg-engine calibrate``."""
+    from rich.console import Console
+
+    from .calibration import merge
+    from .integrations.diffusers import calibrate
+
+    prompts = _read_prompts(args.prompts)
+    out = args.out or Path("calibration.json")
+    _writable(out.parent)
+    pipe = _load(args.model)
+    halves = [prompts[0::2], prompts[1::2]]
+    curves = [
+        calibrate(
+            pipe,
+            half,
+            negative_prompt=args.negative_prompt,
+            guidance_scale=args.guidance_scale,
+            num_inference_steps=args.steps,
+            solver=args.solver,
+            batch_size=args.batch_size,
+            seed=args.seed + i,
+            model=args.model,
+        )
+        for i, half in enumerate(halves)
+    ]
+    whole = merge(curves, prompts)
+    whole.save(out)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print(calibration_table(whole, curves))
+    console.print(f"wrote {out}; use it with thg_engine.compile(pipe, calibration={str(out)!r})")
+
+
+def calibration_table(whole: Calibration, halves: Sequence[Calibration]) -> Table:
+    """Grids for several budgets, and how well two disjoint halves of the prompts agree on them."""
+    from rich.table import Table
+
+    from .grid import grid_for_nfe, grid_iou
+
+    scale, lambdas = whole.guidance_scale, whole.lambdas
+    table = Table(title=f"{whole.model}: N = {whole.num_steps}, w = {scale:g}")
+    for head in ("share", "NFE", "both branches at rows", "IoU of halves"):
+        table.add_column(head)
+    for share in (0.6, 0.7, 0.8):
+        budget = round(2 * share * len(lambdas))
+        grid, first, second = (
+            grid_for_nfe(curves, lambdas, scale, budget) for curves in (whole, *halves)
+        )
+        nfe = str(len(lambdas) + len(grid))
+        agreement = f"{100 * grid_iou(first, second):.0f} %"
+        table.add_row(f"{100 * share:.0f} %", nfe, " ".join(map(str, grid)), agreement)
+    return table
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    """``thg-engine doctor``."""
+    from rich.console import Console
+
+    from .doctor import print_report
+
+    print_report(Console(width=None if sys.stdout.isatty() else 120))
+
+
+def _load(model: str) -> Any:
+    if model == "demo":
+        from .demo import load_pipeline
+
+        return load_pipeline()
+    from .integrations.diffusers.loading import load
+
+    return load(model)
+
+
+def _read_prompts(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        remedy = f"give a readable text file, one caption per line ({error})."
+        raise InvalidArgument("--prompts", str(path), remedy) from error
+    captions = [line.strip() for line in lines if line.strip()]
+    if len(captions) < 2:
+        remedy = f"give at least two captions, one per line; it has {len(captions)}."
+        raise InvalidArgument("--prompts", str(path), remedy)
+    return captions
+
+
+def _writable(folder: Path) -> None:
+    """Make ``folder``; found out before minutes of work, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise InvalidArgument("--out", str(folder), f"cannot be made ({error}).") from error
+    if not writable:
+        raise InvalidArgument("--out", str(folder), "is not writable; give another folder.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status (2 for a mistake of the user)."""
+    args = build_parser().parse_args(argv)
+    try:
+        args.run(args)
+    except ThgError as error:
+        print(f"thg-engine {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nthg-engine {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

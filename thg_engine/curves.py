@@ -1,0 +1,131 @@
+r"""Calibrated error curves: how much local error tortoise and hare make, over half log-SNR.
+
+A calibration stores c_T(lambda) and c_H(lambda) / (w - 1). Algorithm 2 needs their ratio alone,
+
+    ratio(lambda, w) = c_T(lambda) / c_H(lambda, w) = tortoise(lambda) / ((w - 1) hare(lambda)),
+
+in which the step size cancels, so one calibration serves any number of steps, scale and rho.
+
+Source: Tortoise and Hare Guidance, arXiv 2511.04117, section 3.3.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import CalibrationError, InvalidArgument
+
+FORMAT = "thg-engine-calibration"
+VERSION = 1
+_KINDS = {"str": str, "int": int, "float": (int, float), "tuple[float, ...]": tuple}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Error curves of one model and where they come from; saved as readable JSON, never pickled.
+
+    Attributes:
+        model: name of the model as the user knows it.
+        fingerprint: hash of the denoiser's architecture, "" if unknown; decides whether it fits.
+        scheduler_family: noise schedule and prediction type, e.g. "vp/epsilon".
+        solver: closed-form solver that Algorithm 3 stepped with.
+        order: its order p; spans grow with the p-th root of the ratio.
+        guidance_scale: scale w of the trajectories the errors were measured on.
+        num_steps: fine steps of these trajectories.
+        num_prompts: how many prompts the norms are averaged over.
+        prompts_sha256: hash of the prompts, so that a report can name its calibration set.
+        date: ISO date of the measurement.
+        lambdas: half log-SNR at each measured step, strictly growing, dimensionless.
+        tortoise: mean error norm of the conditional state at each lambda, in units of x, > 0.
+        hare: mean error norm of the guidance state divided by (w - 1), in units of x, > 0.
+    """
+
+    model: str
+    fingerprint: str
+    scheduler_family: str
+    solver: str
+    order: int
+    guidance_scale: float
+    num_steps: int
+    num_prompts: int
+    prompts_sha256: str
+    date: str
+    lambdas: tuple[float, ...]
+    tortoise: tuple[float, ...]
+    hare: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, bool) or not isinstance(value, _KINDS[str(field.type)]):
+                raise InvalidArgument(field.name, value, f"give a value of type {field.type}.")
+        if not len(self.lambdas) == len(self.tortoise) == len(self.hare) > 0:
+            sizes = (len(self.lambdas), len(self.tortoise), len(self.hare))
+            raise InvalidArgument("curves", sizes, "give three curves of equal, positive length.")
+        grown = all(b > a for a, b in zip(self.lambdas, self.lambdas[1:], strict=False))
+        if not grown or not all(map(math.isfinite, self.lambdas)):
+            raise InvalidArgument("lambdas", self.lambdas, "give finite, strictly growing values.")
+        for name in ("tortoise", "hare"):
+            if not all(math.isfinite(c) and c > 0 for c in getattr(self, name)):
+                raise InvalidArgument(name, getattr(self, name), "error norms are finite and > 0.")
+        if self.order < 1:
+            raise InvalidArgument("order", self.order, "a solver order is at least 1.")
+
+    def ratio(self, lambdas: Sequence[float], guidance_scale: float) -> tuple[float, ...]:
+        """c_T / c_H at each of ``lambdas`` for ``guidance_scale`` > 1.
+
+        Log-linear between the measured points and constant beyond them.
+        """
+        if not 1 < guidance_scale < math.inf:
+            remedy = "there is no hare at w <= 1; use a finite scale above 1."
+            raise InvalidArgument("guidance_scale", guidance_scale, remedy)
+        log_ratio = np.log(self.tortoise) - np.log(self.hare)
+        ratios = np.exp(np.interp(lambdas, self.lambdas, log_ratio)) / (guidance_scale - 1)
+        return tuple(float(ratio) for ratio in ratios)
+
+    def save(self, path: str | Path) -> None:
+        """Write the calibration as JSON."""
+        document = {"format": FORMAT, "version": VERSION, **asdict(self)}
+        Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read a calibration.
+
+        Raises:
+            CalibrationError: missing file, no JSON, another format or version, bad or missing
+                field.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise CalibrationError(f"cannot read calibration {str(path)!r}: {error}") from error
+        return cls.from_document(document, str(path))
+
+    @classmethod
+    def from_document(cls, document: object, origin: str) -> Calibration:
+        """A calibration from parsed JSON; ``origin`` names it in errors."""
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            remedy = "make one with `thg-engine calibrate`"
+            raise CalibrationError(f"{origin!r} is not a {FORMAT} file; {remedy}.")
+        if document.get("version") != VERSION:
+            found = document.get("version")
+            message = f"{origin!r} has version {found!r}, this release reads {VERSION}"
+            raise CalibrationError(f"{message}; calibrate again.")
+        values: dict[str, Any] = {}
+        for field in fields(cls):
+            if field.name not in document:
+                raise CalibrationError(f"{origin!r} lacks the field {field.name!r}.")
+            value = document[field.name]
+            values[field.name] = tuple(value) if isinstance(value, list) else value
+        try:
+            return cls(**values)
+        except (InvalidArgument, TypeError) as error:
+            raise CalibrationError(f"{origin!r} is damaged: {error}") from error

@@ -1,0 +1,40 @@
+"""Typed errors: each names the argument, the value it had, and what to do instead."""
+
+from __future__ import annotations
+
+
+class ThgError(Exception):
+    """Base class of every error that thg_engine raises on purpose."""
+
+
+class InvalidArgument(ThgError, ValueError):
+    """A bad value at the public edge.
+
+    Args:
+        argument: name of the offending argument as the caller wrote it.
+        value: what was passed.
+        remedy: one sentence that says what to pass instead.
+    """
+
+    def __init__(self, argument: str, value: object, remedy: str) -> None:
+        self.argument, self.value, self.remedy = argument, value, remedy
+        super().__init__(f"{argument}={value!r}: {remedy}")
+
+    def __reduce__(self) -> tuple[type[InvalidArgument], tuple[str, object, str]]:
+        return type(self), (self.argument, self.value, self.remedy)
+
+
+class InvalidPlan(InvalidArgument):
+    """A sampling plan that contradicts itself, e.g. a row that reads a register nobody wrote."""
+
+
+class UntraceableScheduler(ThgError):
+    """A scheduler whose step is not linear in samples and outputs (clipping, thresholding)."""
+
+
+class UnsupportedPipeline(ThgError):
+    """A pipeline class that no adapter record describes."""
+
+
+class CalibrationError(ThgError):
+    """A calibration file that is unreadable, of another version, or does not fit the model."""

@@ -1,0 +1,1 @@
+"""Where thg_engine meets other libraries; nothing else in it knows them."""

@@ -1,0 +1,116 @@
+"""Algorithm 3 on a diffusers pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ...calibration import Batch, calibrate_denoiser, fine_points
+from ...curves import Calibration
+from ...engine import Engine
+from ...errors import InvalidArgument, UnsupportedPipeline
+from ...schedule import NoiseSchedule, model_timesteps, prediction_type
+from .adapters import RECORDS, find_record
+from .compiled import denoiser_of
+from .resolve import fingerprint
+
+
+def calibrate(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    negative_prompt: str = "",
+    guidance_scale: float = 7.5,
+    num_inference_steps: int = 50,
+    solver: str = "ddim",
+    batch_size: int = 8,
+    seed: int = 0,
+    model: str = "",
+    progress: bool = True,
+) -> Calibration:
+    """Measure the error curves of a pipeline on a few prompts.
+
+    Args:
+        pipe: a supported text-to-image pipeline, compiled or not; it is not changed.
+        prompts: captions like those it will see; some tens are enough for a grid.
+        negative_prompt: unconditional branch.
+        guidance_scale: w > 1 of the measured trajectories.
+        num_inference_steps: fine steps; each costs 4 evaluations per prompt.
+        solver: "ddim" (first order), or a second-order one of `thg_engine.solvers.SOLVERS`.
+        batch_size: prompts at a time.
+        seed: of the initial noise.
+        model: name to record; the pipeline's own if empty.
+        progress: show a tqdm bar.
+    Raises:
+        UnsupportedPipeline: no adapter record describes it, or its denoiser takes an image as well.
+        InvalidArgument: no prompts, w <= 1, or a step or batch count below 1.
+    """
+    record = find_record(type(pipe))
+    module = None if record is None else denoiser_of(pipe, record)
+    if module is None:
+        names = ", ".join(RECORDS)
+        raise UnsupportedPipeline(f"{type(pipe).__name__} has no adapter record ({names}).")
+    _check(pipe, prompts, num_inference_steps, batch_size)
+    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    scheduler.set_timesteps(num_inference_steps)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    if schedule.kind == "ve":
+        # Karras' schedulers rescale the samples themselves; the model is the same VP model.
+        schedule = NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod)
+    timesteps = [float(t) for t in model_timesteps(scheduler)]
+    steps = (len(fine_points(schedule, timesteps)) - 1) * -(-len(prompts) // batch_size)
+    with tqdm(total=steps, desc="calibrate", disable=not progress) as bar, torch.no_grad():
+        return calibrate_denoiser(
+            Engine(_denoiser(module), model_dtype=module.dtype),
+            schedule,
+            timesteps,
+            _batches(pipe, module, prompts, negative_prompt, batch_size, seed),
+            guidance_scale=guidance_scale,
+            prediction_type=prediction_type(scheduler),
+            solver=solver,
+            model=model or str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__),
+            fingerprint=fingerprint(module),
+            prompts=prompts,
+            on_step=bar.update,
+        )
+
+
+def _check(pipe: Any, prompts: Sequence[str], num_inference_steps: int, batch_size: int) -> None:
+    if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
+        raise InvalidArgument("prompts", prompts, "give a non-empty list of captions.")
+    if num_inference_steps < 1:
+        remedy = "give at least one step; 50 is usual."
+        raise InvalidArgument("num_inference_steps", num_inference_steps, remedy)
+    if batch_size < 1:
+        raise InvalidArgument("batch_size", batch_size, "give at least one prompt at a time.")
+    channels = (pipe.unet.config.in_channels, pipe.vae.config.latent_channels)
+    if channels[0] != channels[1]:
+        message = f"its denoiser takes {channels[0]} channels, {channels[1]} of them noise"
+        raise UnsupportedPipeline(f"{type(pipe).__name__}: {message}; calibrate the base model.")
+
+
+def _denoiser(module: torch.nn.Module) -> Any:
+    def denoise(model_input: torch.Tensor, timestep: torch.Tensor, conditioning: Any) -> Any:
+        return module(model_input, timestep, encoder_hidden_states=conditioning,
+        return_dict=False)[0]
+
+    return denoise
+
+
+def _batches(
+    pipe: Any, module: Any, prompts: Sequence[str], negative: str, batch_size: int, seed: int
+) -> Iterator[Batch]:
+    """Noise and embeddings, a batch of prompts at a time; noise drawn on the CPU for all devices."""
+    generator = torch.Generator().manual_seed(seed)
+    size = module.config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    device = module.device
+    for start in range(0, len(prompts), batch_size):
+        part = list(prompts[start : start + batch_size])
+        cond, uncond = pipe.encode_prompt(part, device, 1, True, [negative] * len(part))[:2]
+        shape = (len(part), module.config.in_channels, height, width)
+        noise = torch.randn(shape, generator=generator).to(device=device, dtype=module.dtype)
+        yield noise, cond, uncond

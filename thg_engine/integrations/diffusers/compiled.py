@@ -1,0 +1,177 @@
+"""``compile(pipe)``: the pipeline stays the same object and gains ``pipe.thg``.
+
+The instance is moved to a subclass of its own class, made once per class and under the same name,
+whose ``__call__`` opens a `PipelineRun` around the original one. ``uncompile`` moves it back.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import pickle
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...curves import Calibration
+from ...errors import InvalidArgument
+from ...guidance import Guidance
+from ...plan import SamplingPlan
+from . import hook
+from .adapters import RECORDS, AdapterRecord, find_record
+from .callbacks import watch_callback
+from .controller import Controller, Settings
+from .resolve import load_calibration, resolve_guidance
+
+
+class CompiledPipeline:
+    """Mixin of every compiled pipeline class: copying and pickling."""
+
+    thg: Controller
+
+    def __copy__(self) -> Any:
+        """A shallow copy that shares the components and has a controller of its own."""
+        twin = object.__new__(_base_class(self))
+        vars(twin).update({key: value for key, value in vars(self).items() if key != "thg"})
+        return compile_with(twin, self.thg.settings)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A deep copy, compiled anew: hooks refer to their module and cannot be copied with it."""
+        with _plain(self):
+            twin = copy.deepcopy(self, memo)
+        return compile_with(twin, self.thg.settings)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as the plain pipeline plus the settings, compiled again when loaded."""
+        with _plain(self):
+            payload = pickle.dumps(self, protocol)
+        return _unpickle, (payload, self.thg.settings)
+
+
+def compile(
+    pipe: Any,
+    guidance: Guidance | SamplingPlan | str = "auto",
+    calibration: Calibration | str | Path | None = None,
+    nfe: int | float | None = None,
+) -> Any:
+    """Accelerate a diffusers pipeline in place.
+
+    Args:
+        pipe: a diffusers pipeline with classifier-free guidance. One that no adapter describes runs
+            exactly as before, and a warning says so.
+        guidance: "auto" (calibrated, published or conservative default grid, in this order), a
+            name ("thg", "cfg", "cfg-cache", ...), a method such as ``thg_engine.THG(...)``, or a
+            finished `SamplingPlan`.
+        calibration: error curves from ``thg_engine.calibrate``, or their file.
+        nfe: evaluation budget per sample: a count (int) or a share of full guidance (float).
+
+    Returns:
+        The same object; ``pipe.thg`` has ``report()``, ``plan``, ``stats()``.
+
+    Raises:
+        InvalidArgument: an argument makes no sense; names it, its value and the remedy. The
+            pipeline is then unchanged.
+        CalibrationError: the calibration cannot be read or is of another architecture.
+    """
+    if isinstance(pipe, type) or not hasattr(pipe, "components") or not callable(pipe):
+        remedy = "give a loaded diffusers pipeline, e.g. StableDiffusionPipeline.from_pretrained(...)."
+        raise InvalidArgument("pipe", getattr(pipe, "__name__", type(pipe).__name__), remedy)
+    return compile_with(pipe, Settings(guidance, load_calibration(calibration), nfe))
+
+
+def compile_with(pipe: Any, settings: Settings) -> Any:
+    """`compile` from settings; a compiled pipeline gets the new ones."""
+    base = _base_class(pipe)
+    record = find_record(base)
+    module = None if record is None else denoiser_of(pipe, record)
+    if record is None or module is None:
+        resolve_guidance(settings.guidance, settings.calibration, settings.nfe, torch.nn.Module())
+        reason = _what_is_missing(base, record)
+        warnings.warn(f"thg_engine leaves this pipeline as it is: {reason}.", stacklevel=4)
+        vars(uncompile(pipe))["thg"] = Controller(settings, None, None, reason)
+        return pipe
+    controller = Controller(settings, record, module, pipe=pipe)
+    uncompile(pipe)
+    hook.attach(module, controller)
+    pipe.__class__ = _compiled_class(base)
+    vars(pipe)["thg"] = controller
+    return pipe
+
+
+def uncompile(pipe: Any) -> Any:
+    """Undo `compile`: the original class, the original modules, nothing left behind.
+
+    Returns:
+        The pipeline; one that was never compiled comes back as it is.
+    """
+    controller = vars(pipe).pop("thg", None)
+    if isinstance(controller, Controller) and controller.module is not None:
+        hook.detach(controller.module, controller)
+    if isinstance(pipe, CompiledPipeline):
+        pipe.__class__ = _base_class(pipe)
+    return pipe
+
+
+def denoiser_of(pipe: Any, record: AdapterRecord) -> torch.nn.Module | None:
+    """The network itself, without the wrapper that ``torch.compile`` puts around it."""
+    module = getattr(pipe, record.denoiser, None)
+    module = getattr(module, "_orig_mod", module)
+    return module if isinstance(module, torch.nn.Module) else None
+
+
+def _what_is_missing(base: type[Any], record: AdapterRecord | None) -> str:
+    """Why a pipeline of class ``base`` is left alone."""
+    if record is not None:
+        return f"this {base.__name__} has no denoiser in .{record.denoiser}"
+    return f"no adapter record describes {base.__name__} (there are: {', '.join(RECORDS)})"
+
+
+def _base_class(pipe: Any) -> type[Any]:
+    found: type[Any] = type(pipe)
+    return found.__mro__[2] if issubclass(found, CompiledPipeline) else found
+
+
+@functools.cache
+def _compiled_class(base: type[Any]) -> type[Any]:
+    """The subclass of ``base`` whose calls run under a plan; carries the name of ``base``."""
+    original = base.__call__
+
+    @functools.wraps(original)
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with self.thg.running(self, denoiser_of(self, self.thg.record)) as run:
+            args, kwargs = watch_callback(original, self, args, kwargs, run)
+            return original(self, *args, **kwargs)
+
+    body = {
+        "__call__": __call__,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (CompiledPipeline, base), body)
+
+
+@contextmanager
+def _plain(pipe: Any) -> Iterator[None]:
+    """The pipeline without class, controller and hook, put back afterwards whatever happens."""
+    controller: Controller = vars(pipe).pop("thg")
+    compiled_class = type(pipe)
+    module = controller.module
+    owners = [] if module is None else hook.remove(module)
+    pipe.__class__ = _base_class(pipe)
+    try:
+        yield
+    finally:
+        pipe.__class__ = compiled_class
+        vars(pipe)["thg"] = controller
+        if module is not None:
+            hook.restore(module, owners)
+
+
+def _unpickle(payload: bytes, settings: Settings) -> Any:
+    # Only reached through pickle itself, whose trust the caller has already given.
+    return compile_with(pickle.loads(payload), settings)

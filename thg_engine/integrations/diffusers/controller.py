@@ -1,0 +1,213 @@
+"""``pipe.thg``: what a compiled pipeline runs, what it did, and why."""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...curves import Calibration
+from ...errors import InvalidArgument, ThgError
+from ...guidance import Guidance, GuidanceRow
+from ...lowering import guidance_rows, plan_from_timesteps
+from ...plan import SamplingPlan
+from ...schedule import grid_points, model_timesteps
+from . import hook
+from .adapters import AdapterRecord
+from .hook import PipelineRun
+from .resolve import resolve_guidance
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user asked `compile` for; enough to compile a copy the same way."""
+
+    guidance: Guidance | SamplingPlan | str = "auto"
+    calibration: Calibration | None = None
+    nfe: int | float | None = None
+
+
+class Controller:
+    """Report, plan and counters of one compiled pipeline.
+
+    Args:
+        settings: what was asked for.
+        record: how the pipeline does guidance; None where it is left alone.
+        module: its denoiser.
+        inactive: why the pipeline is left alone, "" where it is not.
+        pipe: the pipeline, referred to weakly.
+
+    Attributes:
+        guidance: the method that was resolved.
+        notes: how it was chosen.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        record: AdapterRecord | None,
+        module: torch.nn.Module | None,
+        inactive: str = "",
+        pipe: Any = None,
+    ) -> None:
+        self.settings, self.record, self.module, self.inactive = settings, record, module, inactive
+        self.guidance: Guidance | None = None
+        self._pipe = None if pipe is None else weakref.ref(pipe)
+        self.notes: tuple[str, ...] = ()
+        self._last: PipelineRun | None = None
+        self._counts: Counter[str] = Counter()
+        if module is not None:
+            self._resolve(module)
+
+    def _resolve(self, module: torch.nn.Module) -> None:
+        settings = self.settings
+        self.guidance, self.notes = resolve_guidance(
+            settings.guidance, settings.calibration, settings.nfe, module
+        )
+
+    @property
+    def plan(self) -> SamplingPlan | None:
+        """Plan of the last call (None if guidance was off); before the first, one for 50 steps."""
+        if self._last is not None:
+            return self._last.plan
+        pipe = None if self._pipe is None else self._pipe()
+        return None if pipe is None or self.guidance is None else self.preview(pipe.scheduler)
+
+    def preview(
+        self, scheduler: Any, num_inference_steps: int = 50, guidance_scale: float = 7.5
+    ) -> SamplingPlan:
+        """The plan that a full-length call would run; evaluates nothing, changes no scheduler.
+
+        Args:
+            scheduler: the pipeline's scheduler; a copy of it is asked for its timesteps.
+            num_inference_steps: as in the call.
+            guidance_scale: as in the call.
+        Raises:
+            InvalidArgument: a value that no run can have; `ThgError`: the pipeline is left alone.
+        """
+        if self.guidance is None:
+            raise ThgError(f"there is no plan: {self.inactive}.")
+        if num_inference_steps < 1:
+            remedy = "give at least one step."
+            raise InvalidArgument("num_inference_steps", num_inference_steps, remedy)
+        fresh = type(scheduler).from_config(scheduler.config)
+        fresh.set_timesteps(num_inference_steps)
+        return self._plan(fresh, len(model_timesteps(fresh)), guidance_scale)[1]
+
+    def stats(self) -> dict[str, Any]:
+        """Counters since `compile`, and of the last call.
+
+        Keys: ``runs``, ``failed_runs``, ``evaluations`` (all runs, per sample), ``refreshes``,
+        ``last_nfe``, ``last_rows``, ``fallbacks`` (reason -> runs).
+        """
+        reasons = {
+            key.removeprefix("fallback: "): count
+            for key, count in self._counts.items()
+            if key.startswith("fallback: ")
+        }
+        names = ("runs", "failed_runs", "evaluations", "refreshes")
+        last = self._last
+        return {
+            **{name: self._counts[name] for name in names},
+            "last_nfe": 0 if last is None else last.nfe,
+            "last_rows": 0 if last is None else last.calls,
+            "fallbacks": reasons,
+        }
+
+    def report(self) -> str:
+        """What runs, how, and what does not with its reason; readable text."""
+        if self.inactive:
+            return f"thg_engine: not active, {self.inactive}."
+        method = "none" if self.guidance is None else self.guidance.name
+        lines = [f"thg_engine: guidance {method}", *(f"  {note}" for note in self.notes)]
+        lines += self._last_lines()
+        lines += [
+            "  guidance hook: on; held delta goes through the pipeline's own scheduler, one state",
+            "  fused step: off, this release has no fused kernel",
+            "  graphs: off, this release captures none",
+        ]
+        fallbacks = self.stats()["fallbacks"]
+        lines += [f"  full guidance in {n} call(s): {why}" for why, n in fallbacks.items()]
+        return "\n".join(lines)
+
+    def _last_lines(self) -> list[str]:
+        """The last call in the report."""
+        run = self._last
+        if run is None:
+            return ["  no call yet; print(pipe.thg.plan.explain()) shows the plan of 50 steps"]
+        if run.plan is None:
+            return [f"  last call: NFE {run.nfe}, guidance was off (guidance_scale <= 1)"]
+        plan = run.plan
+        grid = ", ".join(map(str, plan.coarse_grid))
+        share = f"NFE {run.nfe} of {2 * plan.num_rows}"
+        lines = [f"  last call: {share} on {plan.solver}, w = {plan.guidance_scale:g}"]
+        lines.append(f"  both branches at rows {grid}")
+        if run.refreshes:
+            lines.append(f"  {run.refreshes} row(s) refreshed: a callback edited latents or embeds")
+        if run.calls < plan.num_rows:
+            lines.append(f"  ended after {run.calls} of {plan.num_rows} rows")
+        return [*lines, *(f"  {note}" for note in plan.notes)]
+
+    @contextmanager
+    def running(self, pipe: Any, module: torch.nn.Module | None) -> Iterator[PipelineRun]:
+        """Everything one call needs, undone however the call ends."""
+        if self.record is None or module is None:
+            raise ThgError(f"{type(pipe).__name__} has lost its denoiser; compile it again.")
+        self._follow(module)
+        run = PipelineRun(pipe, module, self.record, lambda: self._plan_of_call(pipe))
+        token = hook.activate(run)
+        self._counts["runs"] += 1
+        try:
+            yield run
+        except BaseException:
+            self._counts["failed_runs"] += 1
+            raise
+        finally:
+            hook.deactivate(token)
+            run.finish()
+            self._last = run
+            self._counts["evaluations"] += run.nfe
+            self._counts["refreshes"] += run.refreshes
+            self._counts.update(f"fallback: {reason}" for reason in run.fallbacks)
+
+    def _follow(self, module: torch.nn.Module) -> None:
+        """Move the hook when the user has given the pipeline another denoiser."""
+        if module is not self.module:
+            self._resolve(module)
+            if self.module is not None:
+                hook.detach(self.module, self)
+            self.module = module
+        hook.attach(module, self)
+
+    def _plan_of_call(self, pipe: Any) -> tuple[tuple[GuidanceRow, ...], SamplingPlan]:
+        """Rows and plan of the call in progress: the timesteps are set, truncation is known."""
+        return self._plan(pipe.scheduler, pipe.num_timesteps, pipe.guidance_scale)
+
+    def _plan(
+        self, scheduler: Any, num_rows: int, guidance_scale: float
+    ) -> tuple[tuple[GuidanceRow, ...], SamplingPlan]:
+        guidance = self.guidance
+        if guidance is None:
+            raise ThgError(f"there is no plan: {self.inactive}.")
+        # img2img and inpainting run the last rows only.
+        timesteps = [float(t) for t in model_timesteps(scheduler)][-num_rows:]
+        lambdas, notes = _noise_levels(scheduler, num_rows)
+        rows = guidance_rows(guidance, lambdas, guidance_scale)
+        name = type(scheduler).__name__
+        plan = plan_from_timesteps(timesteps, lambdas, guidance, guidance_scale, name, notes)
+        return rows, plan
+
+
+def _noise_levels(scheduler: Any, num_rows: int) -> tuple[Sequence[float], tuple[str, ...]]:
+    """Half log-SNR of the last ``num_rows`` rows, by step number where nobody knows it."""
+    try:
+        points = grid_points(scheduler)[:-1]
+    except (AttributeError, IndexError, TypeError, ValueError):  # a scheduler of another kind
+        note = f"the noise level of {type(scheduler).__name__} is unknown: grid placed by step number"
+        return [-3.0 + 6.0 * i / num_rows for i in range(num_rows)], (note,)
+    return [point.lambda_t for point in points][-num_rows:], ()
