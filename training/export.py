@@ -79,6 +79,8 @@ def export_pipeline(runs: Path, target: Path) -> None:
     size = folder_bytes(fresh)
     if size > MAX_PIPELINE_BYTES:
         raise SystemExit(f"{fresh} holds {size} bytes, more than {MAX_PIPELINE_BYTES}")
+    for weights in fresh.rglob("*.safetensors"):
+        weights.chmod(0o644)
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh.rename(target)
@@ -92,6 +94,7 @@ def export_classifier(runs: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_suffix(".partial")
     save_file({k: v.contiguous() for k, v in model.half().state_dict().items()}, partial)
+    partial.chmod(0o644)
     partial.replace(target)
     size = target.stat().st_size
     if size > MAX_CLASSIFIER_BYTES:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from typing import cast
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -100,8 +101,8 @@ class Captioned:
         """Noisy latents, timesteps, noise, tokens; timesteps are stratified over the batch."""
         count = self.batch_size
         index = torch.randint(len(self.data["latents"]), (count,), generator=generator)
-        labels = (self.data[key][index] for key in ("classes", "colours", "tones"))
-        tokens = self.tokens(data.random_captions(*labels, generator))
+        classes, colours, tones = (self.data[key][index] for key in ("classes", "colours", "tones"))
+        tokens = self.tokens(data.random_captions(classes, colours, tones, generator))
         strata = torch.arange(count) + torch.rand(count, generator=generator)
         timesteps = (strata * (1000 / count)).long().clamp(max=999)
         latents = self.data["latents"][index]
@@ -112,8 +113,9 @@ class Captioned:
 def _step(run: Run, source: Captioned) -> float:
     """One optimiser step; returns its loss."""
     noisy, timesteps, noise, tokens = source.batch(run.generator)
-    context = run.model["text_encoder"](tokens).last_hidden_state
-    loss = mse_loss(run.model["unet"](noisy, timesteps, context).sample, noise)
+    model = cast(nn.ModuleDict, run.model)
+    context = model["text_encoder"](tokens).last_hidden_state
+    loss = mse_loss(model["unet"](noisy, timesteps, context).sample, noise)
     run.optimizer.zero_grad()
     loss.backward()
     nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -45,8 +45,9 @@ def _step(run: Run, garments: data.Garments, batch_size: int) -> float:
     index = torch.randint(len(garments), (batch_size,), generator=generator)
     colours = data.random_colours(batch_size, generator)
     images = data.colourise(garments.grey[index], colours, generator) * 2 - 1
-    posterior = run.model.encode(images).latent_dist
-    error = run.model.decode(posterior.sample(generator)).sample - images
+    vae = cast(AutoencoderKL, run.model)
+    posterior = vae.encode(images).latent_dist
+    error = vae.decode(posterior.sample(generator)).sample - images
     divergence = posterior.kl().mean() / posterior.mean[0].numel()
     loss = error.abs().mean() + 2 * error.square().mean() + KL_WEIGHT * divergence
     run.optimizer.zero_grad()
@@ -54,7 +55,7 @@ def _step(run: Run, garments: data.Garments, batch_size: int) -> float:
     torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
     run.optimizer.step()
     run.scheduler.step()
-    return error.abs().mean().item()
+    return float(error.abs().mean())
 
 
 @torch.no_grad()
