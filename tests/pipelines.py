@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import diffusers
@@ -12,7 +14,20 @@ import torch
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-WORDS = "a photo of cat dog red blue house tree bad".split()
+from thg_engine import CFG, THG, CFGCache, GuidanceInterval, SelectiveGuidance
+
+WORDS = ["a", "photo", "of", "cat", "dog", "red", "blue", "house", "tree", "bad"]
+KINDS = ["text", "img2img", "inpaint", "inpaint9"]
+METHODS = {
+    "cfg": CFG(),
+    "thg": THG(),
+    "thg-grid": THG(grid=(0, 1, 4), boost=1.2, cutoff=5),
+    "thg-interval": THG(grid=3, boost=0.9),
+    "thg-nfe": THG(nfe=0.6),
+    "cfg-cache": CFGCache(3, 0.25),
+    "guidance-interval": GuidanceInterval(0.2, 0.7),
+    "selective": SelectiveGuidance(0.5),
+}
 TOKENS = 16  # room for every prompt of the tests
 SD = {
     "beta_start": 0.00085,
@@ -53,6 +68,9 @@ def components(seed: int = 0, in_channels: int = 4, dtype=torch.float32) -> dict
         attention_head_dim=4,
         norm_num_groups=4,
     )
+    for name, weight in unet.named_parameters():
+        if "attn2.to_out" in name:
+            weight.data *= 20.0  # guidance that shows
     vae = diffusers.AutoencoderKL(
         block_out_channels=(4, 8),
         norm_num_groups=2,
@@ -90,17 +108,24 @@ def _cast(module, dtype):
     return module.eval()
 
 
-def tiny(kind: str = "text", scheduler=None, seed: int = 0, in_channels: int = 4, **kwargs):
-    """A pipeline of ``kind`` "text", "img2img" or "inpaint"."""
+def tiny(kind: str = "text", scheduler=None, seed: int = 0, **kwargs):
+    """A pipeline of one of `KINDS`; "inpaint9" has the inpainting UNet of 9 channels."""
     name = {
         "text": "StableDiffusionPipeline",
         "img2img": "StableDiffusionImg2ImgPipeline",
         "inpaint": "StableDiffusionInpaintPipeline",
-    }[kind]
-    parts = components(seed, in_channels, **kwargs)
-    pipe = getattr(diffusers, name)(**parts, scheduler=scheduler or ddim())
+    }[kind.removesuffix("9")]
+    parts = components(seed, 9 if kind.endswith("9") else 4, **kwargs)
+    pipe = getattr(diffusers, name)(**parts, scheduler=ddim())
+    if scheduler is not None:
+        pipe.scheduler = scheduler  # the constructor would switch clip_sample off
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def make(name: str, **config):
+    """A scheduler by name, with SD's schedule."""
+    return getattr(diffusers, name).from_config({**ddim().config, **config})
 
 
 def picture(seed: int = 0, size: int = 16) -> Image.Image:
@@ -114,19 +139,141 @@ def mask(size: int = 16) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def call(pipe, seed: int = 1, **kwargs):
-    """One call with a fixed seed; latents (B, 4, 8, 8)."""
+def arguments(pipe, seed: int = 1, **kwargs) -> dict:
+    """What `call` passes: latents (B, 4, 8, 8) unless told otherwise."""
     kind = type(pipe).__name__
-    arguments = {"prompt": "a photo of cat", "num_inference_steps": 12, "guidance_scale": 5.0}
+    given = {"prompt": "a photo of cat", "num_inference_steps": 8, "guidance_scale": 5.0}
     if "Img2Img" in kind or "Inpaint" in kind:
-        arguments.update(image=picture(), strength=0.8)
+        given.update(image=picture(), strength=0.8)
     if "Inpaint" in kind:
-        arguments.update(mask_image=mask(), height=16, width=16)
+        given.update(mask_image=mask(), height=16, width=16)
     if kind == "StableDiffusionPipeline":
-        arguments.update(height=16, width=16)
-    arguments.update(output_type="latent", generator=torch.Generator().manual_seed(seed))
-    arguments.update(kwargs)
-    return pipe(**arguments).images
+        given.update(height=16, width=16)
+    given.update(output_type="latent", generator=torch.Generator().manual_seed(seed))
+    return {**given, **kwargs}
+
+
+def call(pipe, seed: int = 1, **kwargs):
+    """One call with a fixed seed; the latents."""
+    return pipe(**arguments(pipe, seed, **kwargs)).images
+
+
+def pattern(plan, w: float = 5.0) -> list[tuple[str, float]]:
+    """A plan as `reference` takes it: branches of each row and boost."""
+    steps = []
+    for row in plan.rows:
+        held = "held" if row.guidance_weight and row.delta_weights else "none"
+        steps.append(("both" if row.evaluates_both else held, row.guidance_weight / (w - 1)))
+    return steps
+
+
+Edit = Callable[[int, torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor, bool]]
+
+
+@torch.no_grad()
+def reference(
+    pipe,
+    steps: Sequence[tuple[str, float]],
+    seed: int = 1,
+    scale: Callable[[int], float] | None = None,
+    edit: Edit | None = None,
+    **kwargs,
+):
+    """The denoising loop written out, guidance formed straight from held deltas.
+
+    Args:
+        pipe: an uncompiled pipeline; its loop is not used.
+        steps: per model call "both", "held" or "none", and the boost on delta.
+        scale: guidance scale of row i; at most 1 there means: the conditional branch alone, and
+            nothing held survives it.
+        edit: called after row i with sample and embeddings [uncond, cond]; returns both and
+            whether what is held has become stale.
+        kwargs: as for `call`.
+    """
+    given = arguments(pipe, seed, **kwargs)
+    generator, scheduler = given["generator"], pipe.scheduler
+    scale = scale or (lambda i: given["guidance_scale"])
+    copies = given.get("num_images_per_prompt", 1)
+    cond, uncond = pipe.encode_prompt(
+        given["prompt"], "cpu", copies, True, given.get("negative_prompt")
+    )
+    embeds = torch.cat([uncond, cond])
+    scheduler.set_timesteps(given["num_inference_steps"])
+    x, timesteps, channels, blend = _start(pipe, given, cond, generator)
+    accepted = inspect.signature(scheduler.step).parameters
+    options = {"eta": given.get("eta", 0.0), "generator": generator}
+    options = {name: value for name, value in options.items() if name in accepted}
+    delta, rows = None, 0
+    for i, t in enumerate(timesteps):
+        kind, boost = steps[i]
+        batch, w = len(x), scale(i)
+        fed = torch.cat([scheduler.scale_model_input(x, t), channels[:batch]], dim=1)
+        if w <= 1:
+            out, delta, rows = _unet(pipe, fed, t, embeds[-batch:]), None, rows + batch
+        elif kind == "both" or (kind == "held" and delta is None):
+            pair = _unet(pipe, torch.cat([fed, fed]), t, embeds)
+            c, rows = pair[batch:], rows + 2 * batch
+            delta = c.float() - pair[:batch].float()
+            out = _guided(c, (w - 1) * boost * delta, given.get("guidance_rescale", 0.0))
+        else:
+            c, rows = _unet(pipe, fed, t, embeds[batch:]), rows + batch
+            held = delta if kind == "held" else torch.zeros_like(c)
+            out = _guided(c, (w - 1) * boost * held, given.get("guidance_rescale", 0.0))
+        x = scheduler.step(out, t, x, **options, return_dict=False)[0]
+        x = blend(i, x)
+        if edit is not None:
+            x, embeds, stale = edit(i, x, embeds)
+            delta = None if stale else delta
+    return x, rows
+
+
+def _unet(pipe, fed, t, embeds):
+    return pipe.unet(fed, t, encoder_hidden_states=embeds).sample
+
+
+def _guided(c, push, rescale: float):
+    out = c + push
+    spread = c.std(dim=(1, 2, 3), keepdim=True) / out.std(dim=(1, 2, 3), keepdim=True)
+    return (rescale * spread * out + (1 - rescale) * out).to(c.dtype)
+
+
+def _start(pipe, given, cond, generator):
+    """First sample, timesteps, further input channels and blending, by the pipeline's own parts."""
+    batch, kind = len(cond), type(pipe).__name__
+    timesteps, dtype = pipe.scheduler.timesteps, cond.dtype
+    none = torch.empty(batch, 0, 1, 1, dtype=dtype)
+    size = (given.get("height", 16), given.get("width", 16))
+    if kind == "StableDiffusionPipeline":
+        none = none.expand(batch, 0, size[0] // 2, size[1] // 2)
+        x = pipe.prepare_latents(batch, 4, *size, dtype, "cpu", generator)
+        return x, timesteps, none, lambda i, x: x
+    timesteps, _ = pipe.get_timesteps(given["num_inference_steps"], given["strength"], "cpu")
+    first = timesteps[:1].repeat(batch)
+    none = none.expand(batch, 0, 8, 8)
+    image = pipe.image_processor.preprocess(given["image"])
+    if "Img2Img" in kind:
+        x = pipe.prepare_latents(image, first, batch, 1, dtype, "cpu", generator)
+        return x, timesteps, none, lambda i, x: x
+    plain = pipe.unet.config.in_channels == 4
+    full = given["strength"] == 1.0
+    options = {"image": image, "timestep": first, "is_strength_max": full, "return_noise": True}
+    x, noise, *clean = pipe.prepare_latents(
+        batch, 4, *size, dtype, "cpu", generator, **options, return_image_latents=plain
+    )
+    hole = pipe.mask_processor.preprocess(given["mask_image"])
+    hole, masked = pipe.prepare_mask_latents(
+        hole, image * (hole < 0.5), batch, *size, dtype, "cpu", generator, False
+    )
+
+    def blend(i, x):
+        kept = clean[0]
+        if i + 1 < len(timesteps):
+            kept = pipe.scheduler.add_noise(kept, noise, timesteps[i + 1 : i + 2])
+        return (1 - hole) * kept + hole * x
+
+    if plain:
+        return x, timesteps, none, blend
+    return x, timesteps, torch.cat([hole, masked], dim=1), lambda i, x: x
 
 
 class CountRows:
@@ -144,3 +291,7 @@ class CountRows:
 
     def __exit__(self, *exc) -> None:
         self.handle.remove()
+
+    @property
+    def total(self) -> int:
+        return sum(self.rows)

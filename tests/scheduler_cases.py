@@ -7,10 +7,12 @@ shares no code with `thg_engine.trace`.
 from __future__ import annotations
 
 import copy
+import importlib.util
 import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from diffusers import schedulers
 
@@ -250,6 +252,26 @@ def _class(name: str) -> Any:
     return getattr(schedulers, name, None) or getattr(schedulers.deprecated, name)
 
 
+def names(*kinds: str) -> list[str]:
+    """Classes whose case is one of ``kinds``."""
+    return sorted(name for name, case in CLASSES.items() if case.kind in kinds)
+
+
+def available(name: str) -> Case:
+    """The case of ``name``; skips the test where an optional dependency of the class is missing."""
+    brownian = name in ("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler")
+    if brownian and importlib.util.find_spec("torchsde") is None:
+        pytest.skip(f"{name} needs torchsde, which is not installed")
+    return CLASSES[name]
+
+
+def prepared(name: str, num_steps: int, **config: Any) -> Any:
+    """A scheduler whose timesteps are set."""
+    scheduler = build(name, **config)
+    scheduler.set_timesteps(num_inference_steps=num_steps, **CLASSES[name].set_kwargs)
+    return scheduler
+
+
 def name_of(name: str, config: dict[str, Any]) -> str:
     """A readable test id."""
     words = [k if v is True else f"{k}={v}" for k, v in config.items() if not callable(v)]
@@ -314,9 +336,11 @@ def _drawn(
     """The last noise drawn between two states of a generator; None if nothing was drawn."""
     replay, drawn = torch.Generator(), None
     replay.set_state(before)
-    while not torch.equal(replay.get_state(), after):
+    for _ in range(4):
+        if torch.equal(replay.get_state(), after):
+            return drawn
         drawn = torch.randn(shape, generator=replay, dtype=dtype)
-    return drawn
+    raise AssertionError("the step drew its noise in another dtype or shape than its sample's")
 
 
 def table_error(table: Any, run: Reference) -> float:

@@ -170,7 +170,7 @@ def test_noise_schedule_points_feed_solvers():
 
 def test_refusals():
     points = vp_points(4)
-    with pytest.raises(InvalidArgument, match="solver='euler'.*use one of"):
+    with pytest.raises(InvalidArgument, match=r"solver='euler'.*use one of"):
         get_solver("euler")
     with pytest.raises(InvalidArgument, match="half log-SNR must grow"):
         SOLVERS["ddim"].weights([points[2]], points[1], "epsilon")

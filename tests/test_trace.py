@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 import threading
-from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -16,13 +14,16 @@ from scheduler_cases import (
     CLASSES,
     MATRIX,
     SD,
+    available,
     build,
     exported,
     name_of,
+    names,
+    prepared,
     real_run,
     table_error,
 )
-from thg_engine.errors import InvalidArgument, UntraceableScheduler
+from thg_engine.errors import InvalidArgument
 from thg_engine.trace import trace, trace_cache_clear
 
 # A table reproduces a scheduler's own coefficients; what is left is the float32 rounding of samples
@@ -34,23 +35,6 @@ FLOAT32_TOLERANCE = 2e-6
 FEW_STEPS_TOLERANCE = 2e-5
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*algorithm_type.*:FutureWarning")
-
-
-def _available(name):
-    brownian = name in ("CosineDPMSolverMultistepScheduler", "DPMSolverSDEScheduler")
-    if brownian and importlib.util.find_spec("torchsde") is None:
-        pytest.skip(f"{name} needs torchsde, which is not installed")
-    return CLASSES[name]
-
-
-def _names(*kinds):
-    return sorted(name for name, case in CLASSES.items() if case.kind in kinds)
-
-
-def _prepared(name, num_steps, **config):
-    scheduler = build(name, **config)
-    scheduler.set_timesteps(num_inference_steps=num_steps, **CLASSES[name].set_kwargs)
-    return scheduler
 
 
 def _table(name, num_steps, scheduler, **kwargs):
@@ -70,7 +54,7 @@ def test_every_scheduler_of_diffusers_has_a_case():
 
 
 @pytest.mark.parametrize("num_steps", [1, 4, 7, 20])
-@pytest.mark.parametrize("name", _names("deterministic"))
+@pytest.mark.parametrize("name", names("deterministic"))
 def test_deterministic_class(name, num_steps):
     if name == "MiniMaxH3Scheduler" and num_steps == 1:
         pytest.skip("its set_timesteps needs two steps")
@@ -79,9 +63,9 @@ def test_deterministic_class(name, num_steps):
     assert table.name == name
     assert table.residual <= TOLERANCE
     for seed, shape in ((0, (1, 4, 3, 5)), (1, (2, 1, 7, 3))):
-        run = real_run(_prepared(name, num_steps), seed=seed, shape=shape)
+        run = real_run(prepared(name, num_steps), seed=seed, shape=shape)
         assert table_error(table, run) <= TOLERANCE
-    run = real_run(_prepared(name, num_steps), seed=2, dtype=torch.float32)
+    run = real_run(prepared(name, num_steps), seed=2, dtype=torch.float32)
     assert table_error(table, run) <= (FLOAT32_TOLERANCE if num_steps > 4 else FEW_STEPS_TOLERANCE)
 
 
@@ -93,20 +77,20 @@ def test_deterministic_config(name, config):
     num_steps = 9 if config.get("solver_order") == 3 else 7
     table = trace(build(name, **config), num_steps)
     assert not table.stochastic
-    run = real_run(_prepared(name, num_steps, **config), seed=3)
+    run = real_run(prepared(name, num_steps, **config), seed=3)
     assert table_error(table, run) <= TOLERANCE
     assert all(math.isfinite(value) for value in table.lambdas[1:])
     assert len(table.lambdas) == len(table.rows)
 
 
-@pytest.mark.parametrize("name", _names("stochastic"))
+@pytest.mark.parametrize("name", names("stochastic"))
 def test_stochastic_class(name, monkeypatch):
     """The same noise, drawn from a fixed generator, gives the same samples."""
-    case = _available(name)
+    case = available(name)
     table = _table(name, case.steps, build(name))
     assert table.stochastic
     assert any(row.noise_weight > 0.0 for row in table.rows)
-    scheduler = _prepared(name, case.steps)
+    scheduler = prepared(name, case.steps)
     if hasattr(scheduler, "noise_sampler"):
         run = _brownian_run(scheduler, monkeypatch)
     else:
@@ -144,14 +128,14 @@ def test_ddim_eta_has_a_noise_column(eta):
 def test_sde_dpm_solver(algorithm):
     config = {"algorithm_type": algorithm, "final_sigmas_type": "sigma_min"}
     table = trace(build("DPMSolverMultistepScheduler", **config), 8)
-    run = real_run(_prepared("DPMSolverMultistepScheduler", 8, **config), dtype=torch.float32)
+    run = real_run(prepared("DPMSolverMultistepScheduler", 8, **config), dtype=torch.float32)
     assert table_error(table, run) <= FLOAT32_TOLERANCE
 
 
 def test_euler_churn():
     kwargs = {"s_churn": 2.0, "s_noise": 1.01}
     table = trace(build("EulerDiscreteScheduler"), 8, step_kwargs=kwargs)
-    run = real_run(_prepared("EulerDiscreteScheduler", 8), step_kwargs=kwargs)
+    run = real_run(prepared("EulerDiscreteScheduler", 8), step_kwargs=kwargs)
     assert table_error(table, run) <= TOLERANCE
 
 
@@ -209,142 +193,10 @@ def test_upcast_table_is_exact():
 def test_closely_spaced_points_keep_the_scheduler_s_rounding():
     """Third-order DEIS on beta sigmas: float32 cancellation is part of what the scheduler does."""
     config = {"solver_order": 3, "use_beta_sigmas": True, "prediction_type": "sample"}
-    run = real_run(_prepared("DEISMultistepScheduler", 20, **config))
+    run = real_run(prepared("DEISMultistepScheduler", 20, **config))
     scheduler = build("DEISMultistepScheduler", **config)
     assert table_error(trace(scheduler, 20), run) <= TOLERANCE
     assert table_error(trace(scheduler, 20, upcast=True), run) > 1e-4
-
-
-# --- refusals ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", _names("refused"))
-def test_refused_class_is_named_with_its_reason(name):
-    case = _available(name)
-    with pytest.raises(UntraceableScheduler, match=name) as error:
-        trace(build(name), case.steps)
-    assert case.reason in str(error.value)
-
-
-@pytest.mark.parametrize(
-    ("name", "config", "reason"),
-    [
-        ("DDIMScheduler", {"clip_sample": True}, "clip_sample=False"),
-        ("DDPMScheduler", {"clip_sample": True}, "clip_sample=False"),
-        ("HeunDiscreteScheduler", {"clip_sample": True}, "clip_sample=False"),
-        ("DDIMScheduler", {"thresholding": True}, "thresholding=False"),
-        ("DPMSolverMultistepScheduler", {"thresholding": True}, "thresholding=False"),
-        ("UniPCMultistepScheduler", {"thresholding": True}, "thresholding=False"),
-        ("CMStochasticIterativeScheduler", {"clip_denoised": True}, "clip_denoised=False"),
-        ("DDPMScheduler", {"variance_type": "learned_range"}, "fixed variance_type"),
-        ("DPMSolverMultistepScheduler", {"variance_type": "learned"}, "fixed variance_type"),
-    ],
-)
-def test_clipping_and_learned_variance_are_named(name, config, reason):
-    with pytest.raises(UntraceableScheduler, match=name) as error:
-        trace(build(name, **config), 10)
-    assert reason in str(error.value)
-
-
-def test_setting_without_effect_is_no_reason_to_refuse():
-    """CogVideoX' DDIM has clip_sample=True in its config and never reads it."""
-    scheduler = build("CogVideoXDDIMScheduler")
-    assert scheduler.config.clip_sample
-    assert trace(scheduler, 5).residual < TOLERANCE
-
-
-def test_non_finite_rows_are_refused_where_the_scheduler_itself_fails():
-    config = {"predict_x0": False, "final_sigmas_type": "zero"}
-    run = real_run(_prepared("UniPCMultistepScheduler", 5, **config))
-    assert not torch.isfinite(run.samples[-1]).all()
-    with pytest.raises(UntraceableScheduler, match="row 4 has coefficients that are not finite"):
-        trace(build("UniPCMultistepScheduler", **config), 5)
-
-
-class Fake:
-    """A linear first-order flow scheduler to break in one place at a time."""
-
-    order = 1
-    init_noise_sigma = 1.0
-
-    def __init__(self, **config):
-        self.config = SimpleNamespace(num_train_timesteps=1000, **config)
-
-    def set_timesteps(self, num_inference_steps, device=None):
-        self.sigmas = torch.linspace(1.0, 0.0, num_inference_steps + 1, dtype=torch.float64)
-        self.timesteps = self.sigmas[:-1] * 1000
-        self.i = 0
-
-    def scale_model_input(self, sample, timestep):
-        return sample
-
-    def step(self, model_output, timestep, sample, return_dict=True):
-        h = self.sigmas[self.i + 1] - self.sigmas[self.i]
-        self.i += 1
-        return (self.update(sample, h, model_output),)
-
-    def update(self, x, h, v):
-        return x + h * v
-
-
-def _fake(update=None, **methods):
-    fake = type("Broken", (Fake,), {**({"update": update} if update else {}), **methods})()
-    fake.set_timesteps(4)
-    return fake
-
-
-def test_a_linear_stranger_is_traced():
-    table = trace(_fake())
-    assert [row.output_weights for row in table.rows] == [(-0.25,)] * 4
-    assert table.prediction_type == "flow_prediction"
-    assert table.residual < 1e-12
-
-
-@pytest.mark.parametrize(
-    ("methods", "cause"),
-    [
-        ({"update": lambda s, x, h, v: x + h * torch.tanh(v)}, "not linear"),
-        ({"update": lambda s, x, h, v: x + h * v + 0.01}, "no window|not linear"),
-        ({"update": lambda s, x, h, v: x + h * v.clamp(-30, 30)}, "not linear"),
-        ({"update": lambda s, x, h, v: x + h * v / v.norm()}, "not linear"),
-        ({"update": lambda s, x, h, v: x + h * (v - v.mean(1, keepdim=True))}, "not linear"),
-        ({"update": lambda s, x, h, v: x + h * v.roll(1, -1)}, "not linear|no window"),
-        ({"update": lambda s, x, h, v: x + h * torch.rand_like(x)}, "rand_like"),
-        ({"update": lambda s, x, h, v: x + torch.randn(3)}, "noise of shape"),
-        (
-            {"update": lambda s, x, h, v: x + torch.randn_like(x) + torch.randn_like(v)},
-            "more than one noise",
-        ),
-        ({"update": lambda s, x, h, v: x[..., :1]}, "shape"),
-        ({"update": lambda s, x, h, v: x / 0.0}, "not finite"),
-        ({"update": lambda s, x, h, v: v["missing"]}, "raises"),
-        ({"scale_model_input": lambda s, x, t: x + 1.0}, "scale_model_input"),
-    ],
-)
-def test_unknown_behaviour_is_refused(methods, cause):
-    with pytest.raises(UntraceableScheduler, match=f"Broken: .*({cause})"):
-        trace(_fake(**methods))
-
-
-def test_reused_noise_is_refused():
-    def update(self, x, h, v):
-        fresh = torch.randn_like(x)
-        kept, self.kept = getattr(self, "kept", fresh), fresh
-        return x + h * v + 0.1 * fresh + 0.2 * kept
-
-    with pytest.raises(UntraceableScheduler, match="reuse the noise"):
-        trace(_fake(update), 20)
-    assert trace(_fake(update), 4).window == (4, 4)  # a short run still holds all of its past
-
-
-def test_unknown_noise_schedule_is_refused():
-    def forget(self, x, h, v):
-        return x + h * v
-
-    scheduler = _fake(forget)
-    scheduler.sigmas = scheduler.sigmas * 50.0
-    with pytest.raises(UntraceableScheduler, match="noise schedule"):
-        trace(scheduler)
 
 
 # --- arguments, state, cache ---------------------------------------------------------------------
@@ -424,9 +276,9 @@ def test_a_run_under_way_is_refused(name):
     assert trace(scheduler, 6).rows == expected.rows
 
 
-@pytest.mark.parametrize("name", _names("deterministic", "stochastic"))
+@pytest.mark.parametrize("name", names("deterministic", "stochastic"))
 def test_the_caller_s_scheduler_is_unchanged(name):
-    case = _available(name)
+    case = available(name)
     scheduler = build(name)
     scheduler.set_timesteps(num_inference_steps=case.steps, **case.set_kwargs)
     before, identities = (
@@ -472,11 +324,6 @@ def test_cache_returns_the_identical_table_and_tells_configs_apart():
     again = trace(build("DPMSolverMultistepScheduler"), 6)
     assert again is not first
     assert again == first
-
-
-def test_classes_of_the_same_name_do_not_share_tables():
-    twice = trace(_fake(lambda self, x, h, v: x + 2.0 * h * v))
-    assert trace(_fake()).rows != twice.rows
 
 
 def test_tracing_in_threads_is_safe():

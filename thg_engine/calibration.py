@@ -13,7 +13,7 @@ import datetime
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -61,6 +61,10 @@ class _State:
         return _State(total, outputs, states)
 
 
+_States = tuple[_State, _State]
+"""Tortoise and hare."""
+
+
 def fine_points(schedule: NoiseSchedule, timesteps: Sequence[float]) -> tuple[Point, ...]:
     """Points of a fine grid: distinct ``timesteps`` from noise to data, then the schedule's end.
 
@@ -85,44 +89,52 @@ def local_errors(
 
     Costs 4 evaluations per step and sample. ``on_step`` is called after each of the N steps.
     """
-    x_T, cond, uncond = batch
-    check_inputs(x_T, cond, uncond)
-    tortoise = _State.start(x_T.to(engine.register_dtype))
-    hare = _State.start(torch.zeros_like(tortoise.state))
-    norms: list[tuple[Tensor, Tensor]] = []
-
-    def outputs(point: Point) -> tuple[Tensor, Tensor]:
-        x = (tortoise.state + hare.state).to(engine.model_dtype or x_T.dtype)
-        out_cond, out_uncond = engine.evaluate_both(x, point.timestep, cond, uncond)
-        wide = out_cond.to(engine.register_dtype)
-        return wide, (guidance_scale - 1) * (wide - out_uncond.to(engine.register_dtype))
-
+    check_inputs(*batch)
+    x_T = batch[0].detach().to(engine.register_dtype)
+    states = (_State.start(x_T), _State.start(torch.zeros_like(x_T)))
+    norms: list[Tensor] = []
     for i, (cur, nxt) in enumerate(pairwise(points)):
         past = [points[i - k] for k in range(min(solver.order, i + 1))]
         middle = schedule.point(0.5 * (cur.timestep + nxt.timestep))
-        drift, push = outputs(cur)
-        whole = [
-            s.stepped(solver, past, nxt, prediction_type, out)
-            for s, out in ((tortoise, drift), (hare, push))
-        ]
-        half = [
-            s.stepped(solver, past, middle, prediction_type, out)
-            for s, out in ((tortoise, drift), (hare, push))
-        ]
-        tortoise, hare = half
-        again = outputs(middle)
+        outputs = _outputs(engine, states, cur, batch, guidance_scale)
+        whole = _step_both(solver, states, past, nxt, prediction_type, outputs)
+        half = _step_both(solver, states, past, middle, prediction_type, outputs)
+        outputs = _outputs(engine, half, middle, batch, guidance_scale)
         halves = [middle, cur][: solver.order]
-        fine = [
-            s.stepped(solver, halves, nxt, prediction_type, out)
-            for s, out in zip(half, again, strict=True)
-        ]
-        gaps = [
-            (a.state - b.state).flatten(1).norm(dim=1) for a, b in zip(whole, fine, strict=True)
-        ]
-        norms.append((gaps[0].double().cpu(), gaps[1].double().cpu()))
-        tortoise, hare = whole
+        fine = _step_both(solver, half, halves, nxt, prediction_type, outputs)
+        gaps = [one.state - two.state for one, two in zip(whole, fine, strict=True)]
+        norms.append(torch.stack([gap.flatten(1).norm(dim=1).double().cpu() for gap in gaps]))
+        states = whole
         on_step()
-    return torch.stack([a for a, _ in norms]), torch.stack([b for _, b in norms])
+    tortoise, hare = torch.stack(norms, dim=1)
+    return tortoise, hare
+
+
+def _outputs(
+    engine: Engine, states: _States, point: Point, batch: Batch, guidance_scale: float
+) -> tuple[Tensor, Tensor]:
+    """What drives tortoise and hare at ``point``: the conditional output and (w - 1) delta."""
+    x_T, cond, uncond = batch
+    x = (states[0].state + states[1].state).to(engine.model_dtype or x_T.dtype)
+    out_cond, out_uncond = engine.evaluate_both(x, point.timestep, cond, uncond)
+    wide = out_cond.to(engine.register_dtype)
+    return wide, (guidance_scale - 1) * (wide - out_uncond.to(engine.register_dtype))
+
+
+def _step_both(
+    solver: Solver,
+    states: _States,
+    history: Sequence[Point],
+    target: Point,
+    kind: str,
+    outputs: tuple[Tensor, Tensor],
+) -> _States:
+    """Tortoise and hare at ``target``."""
+    tortoise, hare = states
+    return (
+        tortoise.stepped(solver, history, target, kind, outputs[0]),
+        hare.stepped(solver, history, target, kind, outputs[1]),
+    )
 
 
 def calibrate_denoiser(
@@ -154,33 +166,46 @@ def calibrate_denoiser(
     Raises:
         InvalidArgument: w <= 1, no timesteps, no batch, unknown solver, a batch that does not fit.
     """
+    method = get_solver(solver)
+    points = _checked_points(schedule, timesteps, guidance_scale)
+    arguments = (guidance_scale, method, prediction_type, on_step)
+    parts = [local_errors(engine, schedule, points, batch, *arguments) for batch in batches]
+    if not parts:
+        raise InvalidArgument("batches", batches, "give at least one batch of prompts.")
+    about = {"model": model, "fingerprint": fingerprint, "prompts_sha256": _digest(prompts)}
+    about["scheduler_family"] = f"{schedule.kind}/{prediction_type}"
+    return _calibration(parts, points, method, guidance_scale, about)
+
+
+def _checked_points(
+    schedule: NoiseSchedule, timesteps: Sequence[float], guidance_scale: float
+) -> tuple[Point, ...]:
     if not 1 < guidance_scale < math.inf:
         remedy = "there is no hare to measure at w <= 1; use the scale you sample with."
         raise InvalidArgument("guidance_scale", guidance_scale, remedy)
-    method = get_solver(solver)
     points = fine_points(schedule, timesteps)
     if len(points) < 2:
         raise InvalidArgument("timesteps", timesteps, "give the fine grid, from noise to data.")
-    parts = [
-        local_errors(
-            engine, schedule, points, batch, guidance_scale, method, prediction_type, on_step
-        )
-        for batch in batches
-    ]
-    if not parts:
-        raise InvalidArgument("batches", batches, "give at least one batch of prompts.")
+    return points
+
+
+def _calibration(
+    parts: Sequence[tuple[Tensor, Tensor]],
+    points: Sequence[Point],
+    solver: Solver,
+    guidance_scale: float,
+    about: Mapping[str, str],
+) -> Calibration:
+    """Norms of all batches, averaged over their samples, as curves."""
     tortoise, hare = (torch.cat(part, dim=1) for part in zip(*parts, strict=True))
     lambdas = [max(-LAMBDA_BOUND, min(LAMBDA_BOUND, p.lambda_t)) for p in points[:-1]]
     return Calibration(
-        model=model,
-        fingerprint=fingerprint,
-        scheduler_family=f"{schedule.kind}/{prediction_type}",
-        solver=solver,
-        order=method.order,
+        **about,
+        solver=solver.name,
+        order=solver.order,
         guidance_scale=float(guidance_scale),
         num_steps=len(points) - 1,
         num_prompts=tortoise.shape[1],
-        prompts_sha256=_digest(prompts),
         date=datetime.date.today().isoformat(),
         lambdas=tuple(lambdas),
         tortoise=_curve(tortoise),

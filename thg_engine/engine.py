@@ -159,7 +159,9 @@ class Engine:
             raise InvalidArgument("plan", f"<{plan.method} on {plan.solver}>", remedy)
         check_inputs(x_T, cond, uncond, both=any(row.evaluates_both for row in plan.rows))
         _check_generator(generator, x_T.device)
-        registers = Registers([x_T.to(self.register_dtype)], plan.register_depths())
+        # A copy: what a callback writes into the sample must not reach the caller's noise.
+        start = x_T.detach().to(self.register_dtype, copy=True)
+        registers = Registers([start], plan.register_depths())
         model_dtype = self.model_dtype or x_T.dtype
         return Run(plan, registers, model_dtype, cond, uncond, generator)
 
@@ -194,6 +196,7 @@ class Engine:
             raise ThgError(f"the run is at row {run.row} of {run.plan.num_rows}: step it further.")
         return run.sample
 
+    @torch.no_grad()
     def evaluate_both(
         self, x: Tensor, timestep: float, cond: Conditioning, uncond: Conditioning
     ) -> tuple[Tensor, Tensor]:
@@ -216,9 +219,7 @@ def _concatenate(uncond: Any, cond: Any) -> Any:
     return torch.cat([uncond, cond]) if isinstance(cond, Tensor) else cond
 
 
-def check_inputs(
-    x_T: Tensor, cond: Conditioning, uncond: Conditioning, both: bool = True
-) -> None:
+def check_inputs(x_T: Tensor, cond: Conditioning, uncond: Conditioning, both: bool = True) -> None:
     """Refuse noise or conditioning that do not fit each other; ``uncond`` counts where ``both``."""
     _check_sample(x_T)
     _check_conditioning("cond", cond, x_T.shape[0])

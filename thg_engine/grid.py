@@ -79,8 +79,8 @@ def grid_for_nfe(
         grid = look_before_you_leap(spans)
         if grid_nfe(grid, num_rows, cutoff) <= nfe or len(grid) == 1:
             return grid
-        # The grid changes only where the span of one of its own points grows: go to the first such.
-        rho = min((spans[i] + 1) ** order / ratios[i] for i in grid)
+        # It changes only where one of its spans grows (the last one may end beyond the run).
+        rho = min((spans[i] + 1) ** order / ratios[i] for i in grid[:-1])
 
 
 def uniform_grid(num_rows: int, interval: int) -> CoarseGrid:

@@ -98,8 +98,9 @@ def resolve_row(argument: str, value: int | float, num_rows: int) -> int:
 
 def _check_positive(argument: str, value: object, remedy: str) -> None:
     """Refuse what is not a positive, finite number."""
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not (number and math.isfinite(value) and value > 0):
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise InvalidArgument(argument, value, remedy)
+    if not (math.isfinite(value) and value > 0):
         raise InvalidArgument(argument, value, remedy)
 
 
@@ -150,9 +151,10 @@ class THG:
             )
         if self.grid is not None and (self.rho is not None or self.nfe is not None):
             raise InvalidArgument("grid", self.grid, "a given grid leaves no room for rho or nfe.")
-        if self.calibration is not None and not isinstance(self.calibration, Calibration):
+        calibration: object = self.calibration
+        if not (calibration is None or isinstance(calibration, Calibration)):
             remedy = "give a Calibration; Calibration.load reads one from a file."
-            raise InvalidArgument("calibration", self.calibration, remedy)
+            raise InvalidArgument("calibration", calibration, remedy)
         if self.cutoff is not None:
             resolve_row("cutoff", self.cutoff, 1)
         if self.nfe is not None:

@@ -208,7 +208,8 @@ class SamplingPlan:
         except InvalidPlan:
             raise
         except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise InvalidPlan("text", str(text)[:80], f"not a plan document ({error!r}).") from error
+            remedy = f"not a plan document ({error!r})."
+            raise InvalidPlan("text", str(text)[:80], remedy) from error
         if plan.nfe != document.get("nfe"):
             raise InvalidPlan("nfe", document.get("nfe"), f"the rows cost {plan.nfe}.")
         return plan

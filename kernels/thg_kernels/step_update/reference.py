@@ -95,7 +95,7 @@ def step_update(
         uncond: unconditional output; exactly where ``row.evaluates_both``.
         noise: unit Gaussian z, shape of the latent; where ``row.noise_weight`` is not 0.
     Raises:
-        ValueError: an input is missing, superfluous or of another shape; the registers are as before.
+        ValueError: an input is missing, superfluous or of another shape; no register has changed.
     """
     _check_inputs(registers, row, cond, uncond, noise)
     dtype = registers.samples[0].dtype
@@ -105,22 +105,12 @@ def step_update(
     if uncond is not None:
         registers.push("D", cond - uncond.to(dtype))
     if row.updates_hare:
-        hare = _combine(
-            (row.hare_sample_update, registers.hares),
-            (row.hare_delta_update, registers.deltas),
-            like=cond,
-        )
-        registers.push("H", hare)
+        previous = (row.hare_sample_update, registers.hares)
+        deltas = (row.hare_delta_update, registers.deltas)
+        registers.push("H", _combine(previous, deltas, like=cond))
     if registers.depths["E"]:
         registers.push("E", _guided_output(registers, row, cond, uncond))
-    x_next = _combine(
-        (row.sample_weights, registers.samples),
-        (row.guided_weights, registers.guided),
-        (row.cond_weights, registers.conds),
-        (row.step_delta_weights, registers.deltas),
-        (row.hare_weights, registers.hares),
-        like=cond,
-    )
+    x_next = _next_sample(registers, row)
     if row.noise_weight != 0.0 and noise is not None:
         x_next = x_next + row.noise_weight * noise.to(dtype)
     registers.push("X", x_next)
@@ -141,6 +131,18 @@ def _check_inputs(
             raise ValueError(f"{name} of shape {tuple(value.shape)}: give {tuple(shape)}.")
 
 
+def _next_sample(registers: Registers, row: RowLike) -> Tensor:
+    """The solver's update without its noise."""
+    return _combine(
+        (row.sample_weights, registers.samples),
+        (row.guided_weights, registers.guided),
+        (row.cond_weights, registers.conds),
+        (row.step_delta_weights, registers.deltas),
+        (row.hare_weights, registers.hares),
+        like=registers.samples[0],
+    )
+
+
 def _guided_output(
     registers: Registers, row: RowLike, cond: Tensor, uncond: Tensor | None
 ) -> Tensor:
@@ -150,8 +152,9 @@ def _guided_output(
     if uncond is not None:
         return cond + row.guidance_weight * (cond - uncond.to(cond.dtype))
     weights = row.cond_change_weights
-    # sum_k v_k (c - C_k): subtracted first, because c and C_k are close.
-    changes = [cond - past if v else cond for v, past in zip(weights, registers.conds[1:])]
+    # c - C_k is formed first, because the two are close.
+    pairs = zip(weights, registers.conds[1:], strict=False)
+    changes = [cond - past if weight else cond for weight, past in pairs]
     delta = _combine((row.delta_weights, registers.deltas), (weights, changes), like=cond)
     return cond + row.guidance_weight * delta
 

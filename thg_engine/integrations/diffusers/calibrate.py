@@ -35,50 +35,69 @@ def calibrate(
 
     Args:
         pipe: a supported text-to-image pipeline, compiled or not; it is not changed.
-        prompts: captions like those it will see; some tens are enough for a grid.
-        negative_prompt: unconditional branch.
-        guidance_scale: w > 1 of the measured trajectories.
-        num_inference_steps: fine steps; each costs 4 evaluations per prompt.
-        solver: "ddim" (first order), or a second-order one of `thg_engine.solvers.SOLVERS`.
-        batch_size: prompts at a time.
-        seed: of the initial noise.
+        prompts: captions like those it will see; the more, the less the grid depends on them.
+        negative_prompt, guidance_scale, num_inference_steps: of the measured trajectories.
+        solver: name in `thg_engine.solvers.SOLVERS`; its order is the p of Algorithm 2.
+        batch_size, seed, progress: prompts at a time; of the initial noise; show a tqdm bar.
         model: name to record; the pipeline's own if empty.
-        progress: show a tqdm bar.
     Raises:
-        UnsupportedPipeline: no adapter record describes it, or its denoiser takes an image as well.
+        UnsupportedPipeline: no adapter record, or a denoiser that takes an image as well.
         InvalidArgument: no prompts, w <= 1, or a step or batch count below 1.
     """
-    record = find_record(type(pipe))
-    module = None if record is None else denoiser_of(pipe, record)
-    if module is None:
-        names = ", ".join(RECORDS)
-        raise UnsupportedPipeline(f"{type(pipe).__name__} has no adapter record ({names}).")
-    _check(pipe, prompts, num_inference_steps, batch_size)
-    scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
-    scheduler.set_timesteps(num_inference_steps)
-    schedule = NoiseSchedule.from_scheduler(scheduler)
-    if schedule.kind == "ve":
-        # Karras' schedulers rescale the samples themselves; the model is the same VP model.
-        schedule = NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod)
-    timesteps = [float(t) for t in model_timesteps(scheduler)]
-    steps = (len(fine_points(schedule, timesteps)) - 1) * -(-len(prompts) // batch_size)
-    with tqdm(total=steps, desc="calibrate", disable=not progress) as bar, torch.no_grad():
+    module = _checked(pipe, prompts, num_inference_steps, batch_size)
+    schedule, timesteps, kind = _fine_grid(pipe.scheduler, num_inference_steps)
+    with _bar(schedule, timesteps, prompts, batch_size, progress) as bar, torch.no_grad():
         return calibrate_denoiser(
             Engine(_denoiser(module), model_dtype=module.dtype),
             schedule,
             timesteps,
             _batches(pipe, module, prompts, negative_prompt, batch_size, seed),
             guidance_scale=guidance_scale,
-            prediction_type=prediction_type(scheduler),
+            prediction_type=kind,
             solver=solver,
-            model=model or str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__),
-            fingerprint=fingerprint(module),
-            prompts=prompts,
+            **_origin(pipe, module, prompts, model),
             on_step=bar.update,
         )
 
 
-def _check(pipe: Any, prompts: Sequence[str], num_inference_steps: int, batch_size: int) -> None:
+def _bar(
+    schedule: NoiseSchedule, timesteps: list[float], prompts: Sequence[str], batch: int, show: bool
+) -> tqdm[Any]:
+    """A progress bar over the steps of all batches."""
+    steps = (len(fine_points(schedule, timesteps)) - 1) * -(-len(prompts) // batch)
+    return tqdm(total=steps, desc="calibrate", disable=not show)
+
+
+def _origin(pipe: Any, module: Any, prompts: Sequence[str], model: str) -> dict[str, Any]:
+    """Where the curves come from, as the file records it."""
+    own = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
+    return {"model": model or own, "fingerprint": fingerprint(module), "prompts": prompts}
+
+
+def _supported(pipe: Any) -> Any:
+    """The denoiser of a pipeline that an adapter record describes."""
+    record = find_record(type(pipe))
+    module = None if record is None else denoiser_of(pipe, record)
+    if module is None:
+        names = ", ".join(RECORDS)
+        raise UnsupportedPipeline(f"{type(pipe).__name__} has no adapter record ({names}).")
+    return module
+
+
+def _fine_grid(given: Any, num_inference_steps: int) -> tuple[NoiseSchedule, list[float], str]:
+    """Noise schedule, timesteps and prediction type; the pipeline's scheduler is not touched."""
+    scheduler = type(given).from_config(given.config)
+    scheduler.set_timesteps(num_inference_steps)
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    if schedule.kind == "ve":
+        # Karras' schedulers rescale the samples themselves; the model is the same VP model.
+        schedule = NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod)
+    return schedule, [float(t) for t in model_timesteps(scheduler)], prediction_type(scheduler)
+
+
+def _checked(pipe: Any, prompts: Sequence[str], num_inference_steps: int, batch_size: int) -> Any:
+    """The denoiser, once every argument makes sense."""
+    module = _supported(pipe)
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
         raise InvalidArgument("prompts", prompts, "give a non-empty list of captions.")
     if num_inference_steps < 1:
@@ -90,12 +109,13 @@ def _check(pipe: Any, prompts: Sequence[str], num_inference_steps: int, batch_si
     if channels[0] != channels[1]:
         message = f"its denoiser takes {channels[0]} channels, {channels[1]} of them noise"
         raise UnsupportedPipeline(f"{type(pipe).__name__}: {message}; calibrate the base model.")
+    return module
 
 
 def _denoiser(module: torch.nn.Module) -> Any:
     def denoise(model_input: torch.Tensor, timestep: torch.Tensor, conditioning: Any) -> Any:
-        return module(model_input, timestep, encoder_hidden_states=conditioning,
-        return_dict=False)[0]
+        given = {"encoder_hidden_states": conditioning, "return_dict": False}
+        return module(model_input, timestep, **given)[0]
 
     return denoise
 
@@ -103,7 +123,7 @@ def _denoiser(module: torch.nn.Module) -> Any:
 def _batches(
     pipe: Any, module: Any, prompts: Sequence[str], negative: str, batch_size: int, seed: int
 ) -> Iterator[Batch]:
-    """Noise and embeddings, a batch of prompts at a time; noise drawn on the CPU for all devices."""
+    """Noise and embeddings, a batch of prompts at a time; noise is always drawn on the CPU."""
     generator = torch.Generator().manual_seed(seed)
     size = module.config.sample_size
     height, width = (size, size) if isinstance(size, int) else size

@@ -14,12 +14,18 @@ from . import hook
 from .hook import PipelineRun
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+ADAPTER_STATE = ("scale", "scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
+"""Where IP-Adapters (a list of scales) and LoRA layers keep what a callback may turn."""
 LEGACY = "callback"
 """diffusers' deprecated callback, ``callback(step, timestep, latents)``; can edit in place only."""
 
 
 def watch_callback(
-    call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: PipelineRun
+    call: Callable[..., Any],
+    pipe: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    run: PipelineRun,
 ) -> Arguments:
     """The arguments of a pipeline call, its callbacks wrapped to report edits to ``run``.
 
@@ -44,8 +50,10 @@ def watch_callback(
 def _watched(callback: Callable[..., Any], run: PipelineRun) -> Callable[..., Any]:
     def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         before = {name: _mark(value) for name, value in tensors.items()}
-        given = dict(tensors)
+        given, adapters = dict(tensors), _adapter_state(pipe, run.module)
         result = _outside(callback, pipe, step, timestep, tensors)
+        if _adapter_state(pipe, run.module) != adapters:
+            run.invalidate()
         for name, value in given.items():
             if _edited(value, before[name]):
                 run.invalidate()
@@ -77,6 +85,21 @@ def _outside(callback: Callable[..., Any], *args: Any) -> Any:
         return callback(*args)
     finally:
         hook.deactivate(token)
+
+
+def _adapter_state(pipe: Any, module: torch.nn.Module) -> list[Any]:
+    """How strongly adapters act, as something to compare; no device is touched."""
+    extra = getattr(pipe, "_cross_attention_kwargs", None) or {}
+    state: list[Any] = [(name, _plain(value)) for name, value in extra.items()]
+    for part in module.modules():
+        own = vars(part)
+        state += [_plain(own[name]) for name in ADAPTER_STATE if name in own]
+    return state
+
+
+def _plain(value: Any) -> Any:
+    """A tensor by identity, anything else as text: a copy that later edits cannot reach."""
+    return id(value) if isinstance(value, Tensor) else repr(value)
 
 
 def _mark(value: Any) -> Any:

@@ -78,14 +78,14 @@ def compile(
         CalibrationError: the calibration cannot be read or is of another architecture.
     """
     if isinstance(pipe, type) or not hasattr(pipe, "components") or not callable(pipe):
-        remedy = "give a loaded diffusers pipeline, e.g. StableDiffusionPipeline.from_pretrained(...)."
+        remedy = "give a loaded pipeline, e.g. StableDiffusionPipeline.from_pretrained(...)."
         raise InvalidArgument("pipe", getattr(pipe, "__name__", type(pipe).__name__), remedy)
     return compile_with(pipe, Settings(guidance, load_calibration(calibration), nfe))
 
 
 def compile_with(pipe: Any, settings: Settings) -> Any:
     """`compile` from settings; a compiled pipeline gets the new ones."""
-    base = _base_class(pipe)
+    base: Any = _base_class(pipe)
     record = find_record(base)
     module = None if record is None else denoiser_of(pipe, record)
     if record is None or module is None:
@@ -141,13 +141,13 @@ def _compiled_class(base: type[Any]) -> type[Any]:
     original = base.__call__
 
     @functools.wraps(original)
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         with self.thg.running(self, denoiser_of(self, self.thg.record)) as run:
             args, kwargs = watch_callback(original, self, args, kwargs, run)
             return original(self, *args, **kwargs)
 
     body = {
-        "__call__": __call__,
+        "__call__": call,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

@@ -208,6 +208,7 @@ def _noise_levels(scheduler: Any, num_rows: int) -> tuple[Sequence[float], tuple
     try:
         points = grid_points(scheduler)[:-1]
     except (AttributeError, IndexError, TypeError, ValueError):  # a scheduler of another kind
-        note = f"the noise level of {type(scheduler).__name__} is unknown: grid placed by step number"
+        name = type(scheduler).__name__
+        note = f"the noise level of {name} is unknown: grid placed by step number"
         return [-3.0 + 6.0 * i / num_rows for i in range(num_rows)], (note,)
     return [point.lambda_t for point in points][-num_rows:], ()

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar, cast
 from weakref import WeakSet
 
 import torch
@@ -32,6 +32,17 @@ from .adapters import AdapterRecord
 
 HOOK_NAME = "thg_engine.guidance"
 Forward = Callable[..., Any]
+F = TypeVar("F", bound=Forward)
+
+
+def _host_only(function: F) -> F:
+    """``function``, never compiled, nor what it calls."""
+    return cast(F, torch.compiler.disable(function))  # type: ignore[no-untyped-call]
+
+
+def _transparent(function: F) -> F:
+    """``function``, not compiled itself; what it calls may be."""
+    return cast(F, torch.compiler.disable(function, recursive=False))  # type: ignore[no-untyped-call]
 
 
 class CannotSlice(Exception):
@@ -81,13 +92,13 @@ class PipelineRun:
         self.invalidate()
         self._embeds = self.pipe = self._make_plan = None
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    @_transparent
     def forward(self, original: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Evaluate one row of the plan; under ``torch.compile`` only ``original`` is compiled."""
         args, kwargs, finish = self._prepare(args, kwargs)
         return finish(original(*args, **kwargs))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_host_only
     def _prepare(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]:
@@ -134,7 +145,7 @@ class PipelineRun:
             return row, None
         return row, half
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_host_only
     def _both(self, row: GuidanceRow, output: Any) -> Any:
         """Both branches; the output itself unless the row boosts its delta."""
         halves = output[0].chunk(2)
@@ -144,7 +155,7 @@ class PipelineRun:
         self._remember(delta, cond)
         return output if row.boost == 1.0 else self._replace(output, cond, row.boost * delta)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @_host_only
     def _conditional(self, row: GuidanceRow, output: Any) -> Any:
         """The conditional output beside the reconstructed unconditional one."""
         cond = output[0]
@@ -263,7 +274,7 @@ class GuidanceHook(ModelHook):  # type: ignore[misc]
         self.inner, self.made_registry = inner, made_registry
         self.outer: Forward | None = None
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator]
+    @_transparent
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         """Replacement of ``module.forward``."""
         run = _ACTIVE.get()
@@ -304,12 +315,12 @@ def _hook_of(module: torch.nn.Module) -> GuidanceHook | None:
     return None if registry is None else registry.get_hook(HOOK_NAME)
 
 
-def remove(module: torch.nn.Module) -> list[Any]:
+def remove(module: Any) -> list[Any]:
     """Take the hook off entirely, wherever in the chain it is; returns its owners."""
     hook = _hook_of(module)
     if hook is None:
         return []
-    registry = module._diffusers_hook
+    registry: Any = module._diffusers_hook
     above, forward = _hook_above(registry), module.forward
     above_forward = None if above is None else above.forward
     registry.remove_hook(HOOK_NAME, recurse=False)

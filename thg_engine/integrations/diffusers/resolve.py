@@ -94,14 +94,7 @@ def resolve_guidance(
         InvalidArgument: unknown name, or a budget for a method that has none.
         CalibrationError: curves of another architecture.
     """
-    if nfe is not None and resolve_nfe(nfe, 2**30) < 2:
-        raise InvalidArgument("nfe", nfe, "even one step with guidance takes 2 evaluations.")
-    own = guidance.calibration if isinstance(guidance, THG) else None
-    for curves in (calibration, own):
-        _check_fit(curves, module)
-    if calibration is not None and own not in (None, calibration):
-        remedy = "guidance has a calibration of its own; give one of the two."
-        raise InvalidArgument("calibration", f"<of {calibration.model}>", remedy)
+    _check(guidance, calibration, nfe, module)
     if isinstance(guidance, SamplingPlan):
         return _from_plan(guidance, nfe), ()
     if guidance == "auto":
@@ -111,24 +104,40 @@ def resolve_guidance(
             names = ", ".join(["auto", *GUIDANCE_NAMES])
             raise InvalidArgument("guidance", guidance, f"use one of {names}, a method or a plan.")
         guidance = GUIDANCE_NAMES[guidance]()
-    if not isinstance(guidance, Guidance):
+    if isinstance(guidance, type) or not isinstance(guidance, Guidance):
         remedy = "give a method such as thg_engine.THG(), a SamplingPlan, or a name."
         raise InvalidArgument("guidance", guidance, remedy)
     if isinstance(guidance, THG):
-        if guidance.calibration is None and guidance.grid is None:
-            measured = calibration or shipped_calibration(fingerprint(module))
-            guidance = guidance if measured is None else guidance.with_calibration(measured)
-        return (guidance if nfe is None else replace(guidance, nfe=nfe)), ()
+        return _with_curves(guidance, calibration, nfe, module), ()
     if nfe is not None:
-        raise InvalidArgument("nfe", nfe, f"{guidance.name} has a fixed cost; use THG for a budget.")
+        remedy = f"{guidance.name} has a fixed cost; use THG for a budget."
+        raise InvalidArgument("nfe", nfe, remedy)
     return guidance, ()
 
 
-def _check_fit(curves: Calibration | None, module: torch.nn.Module) -> None:
-    """Refuse curves that were measured on another architecture than that of ``module``."""
-    if curves is not None and curves.fingerprint not in ("", fingerprint(module)):
-        message = f"the calibration is of {curves.model!r}, another architecture"
-        raise CalibrationError(f"{message}; calibrate this model with `thg-engine calibrate`.")
+def _check(guidance: Any, calibration: Any, nfe: Any, module: torch.nn.Module) -> None:
+    """Refuse what can be refused whatever the method."""
+    if nfe is not None and resolve_nfe(nfe, 2**30) < 2:
+        raise InvalidArgument("nfe", nfe, "even one step with guidance takes 2 evaluations.")
+    own = guidance.calibration if isinstance(guidance, THG) else None
+    for curves in (calibration, own):
+        if curves is not None and curves.fingerprint not in ("", fingerprint(module)):
+            message = f"the calibration is of {curves.model!r}, another architecture"
+            remedy = "calibrate this model with `thg-engine calibrate`"
+            raise CalibrationError(f"{message}; {remedy}.")
+    if calibration is not None and own not in (None, calibration):
+        remedy = "guidance has a calibration of its own; give one of the two."
+        raise InvalidArgument("calibration", f"<of {calibration.model}>", remedy)
+
+
+def _with_curves(
+    guidance: THG, calibration: Calibration | None, nfe: int | float | None, module: torch.nn.Module
+) -> THG:
+    """THG with the curves and the budget that go with it."""
+    if guidance.calibration is None and guidance.grid is None:
+        curves = calibration or shipped_calibration(fingerprint(module))
+        guidance = guidance if curves is None else guidance.with_calibration(curves)
+    return guidance if nfe is None else replace(guidance, nfe=nfe)
 
 
 def _from_plan(plan: SamplingPlan, nfe: int | float | None) -> Guidance:
@@ -156,8 +165,8 @@ def _auto(
     published = published_grid(dict(getattr(module, "config", {})))
     if published is not None and nfe is None:
         note = f"grid published for {published.model} (rho = {published.rho:g}), mapped by log-SNR"
-        settings = {"boost": published.boost, "cutoff": published.cutoff}
-        return THG(grid=published.grid, **settings), (note,)
+        method = THG(grid=published.grid, boost=published.boost, cutoff=published.cutoff)
+        return method, (note,)
     if nfe is not None:
         note = "no calibration of this model: the budget is spread evenly over the run"
         return THG(nfe=nfe), (f"{note}; `thg-engine calibrate` places it better",)
