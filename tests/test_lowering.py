@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,7 +11,15 @@ import torch
 from mixture import Mixture, flow_points, vp_points
 from thg_engine.engine import Engine
 from thg_engine.errors import InvalidArgument
-from thg_engine.guidance import CFG, THG, CFGCache, GuidanceInterval, SelectiveGuidance
+from thg_engine.guidance import (
+    CFG,
+    FRESH,
+    THG,
+    CFGCache,
+    GuidanceInterval,
+    GuidanceRow,
+    SelectiveGuidance,
+)
 from thg_engine.lowering import plan_from_solver
 from thg_engine.plan import SamplingPlan
 from thg_engine.solvers import SOLVERS
@@ -72,7 +81,7 @@ def solver_step(solver, prediction_type, history, target):
 def algorithm_1(mixture, points, x_T, cond, uncond, w, grid, boost, cutoff, solver, kind):
     """Two states, two histories, straight from the paper."""
     n = len(points) - 1
-    coarse = sorted({*grid, min(cutoff, n), n})
+    coarse = sorted({*grid, *range(cutoff, n), n})
     tortoise, hare = x_T.clone(), torch.zeros_like(x_T)
     hare_ahead, tortoise_past, hare_past, nfe = {0: hare}, [], [], 0
     for i in range(n):
@@ -137,6 +146,40 @@ def test_two_forms_agree_where_theory_says_so(solver, kind):
         assert gap < 1e-12
     else:
         assert gap > 1e-4
+
+
+@pytest.mark.parametrize(("solver", "kind"), CASES)
+def test_an_early_cutoff_extrapolates_nothing(solver, kind):
+    """Past the cut-off delta is 0 in every row: with no row held, both forms are one again."""
+    mixture = Mixture.random(seed=6)
+    points = flow_points(30) if kind == "flow_prediction" else vp_points(30)
+    cond, uncond = mixture.weights([0], 2), mixture.weights([0, 1, 2, 3], 2)
+    x_T = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    ends = []
+    for form in ("combined", "two_state"):
+        thg = THG(grid=(0, 1, 2, 3), cutoff=4)
+        plan = plan_from_solver(SOLVERS[solver], points, thg, 5.0, kind, form=form)
+        engine = Engine(mixture.denoiser(points, kind), register_dtype=torch.float64)
+        ends.append(engine.sample(x_T, cond, uncond, plan))
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-10, atol=1e-10)
+
+
+def test_a_held_row_has_the_boost_of_its_span():
+    rows = (FRESH, GuidanceRow(False, boost=2.0), FRESH)
+    points = vp_points(3)
+    with pytest.raises(InvalidArgument, match="boost of its span"):
+        plan_from_solver(SOLVERS["dpm2"], points, FixedRows(rows), 3.0)
+
+
+@dataclass(frozen=True)
+class FixedRows:
+    """Guidance rows as given."""
+
+    given: tuple[GuidanceRow, ...]
+    name: str = "fixed"
+
+    def rows(self, lambdas, guidance_scale):
+        return self.given
 
 
 @pytest.mark.parametrize(("solver", "kind"), CASES)

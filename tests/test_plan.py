@@ -223,7 +223,7 @@ def test_explain_has_one_line_a_row():
     extrapolated = make(FRESH, replace(HELD, delta_weights=(1.5,), cond_change_weights=(0.25,)))
     assert "delta = +1.5 D_0 +0.25 (c - C_1), g = 2" in extrapolated.explain()
     two_state = plan_from_solver(SOLVERS["dpmpp2m"], vp_points(12), METHODS[1], 4.5)
-    assert two_state.explain().count("own history") == 8
+    assert two_state.explain().count("its own solver") == 8
 
 
 def test_plot_draws_a_picture(tmp_path):

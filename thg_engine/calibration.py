@@ -177,12 +177,17 @@ def calibrate_denoiser(
     return _calibration(parts, points, method, guidance_scale, about)
 
 
-def _checked_points(
-    schedule: NoiseSchedule, timesteps: Sequence[float], guidance_scale: float
-) -> tuple[Point, ...]:
+def check_scale(guidance_scale: float) -> None:
+    """Refuse a scale at which there is no hare."""
     if not 1 < guidance_scale < math.inf:
         remedy = "there is no hare to measure at w <= 1; use the scale you sample with."
         raise InvalidArgument("guidance_scale", guidance_scale, remedy)
+
+
+def _checked_points(
+    schedule: NoiseSchedule, timesteps: Sequence[float], guidance_scale: float
+) -> tuple[Point, ...]:
+    check_scale(guidance_scale)
     points = fine_points(schedule, timesteps)
     if len(points) < 2:
         raise InvalidArgument("timesteps", timesteps, "give the fine grid, from noise to data.")

@@ -61,11 +61,11 @@ def _add_demo(commands: Any) -> None:
         "DIR/demo.json (NFE, seconds, distances, accuracy). Needs no network and no GPU.",
     )
     demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
-    demo.add_argument("--images", type=int, default=40, help="prompts, one image each (40)")
+    demo.add_argument("--images", type=int, help="prompts, one image each (30, or 10)")
     demo.add_argument("--guidance-scale", type=float, default=5.0, help="w (5.0); 1 is off")
     demo.add_argument("--seed", type=int, default=0, help="of the initial noise (0)")
     demo.add_argument(
-        "--quick", action="store_true", help="10 images, one timed pass: a smoke test"
+        "--quick", action="store_true", help="10 images: a smoke test"
     )
     demo.set_defaults(run=_demo)
 
@@ -75,7 +75,7 @@ def _add_calibrate(commands: Any) -> None:
         "calibrate",
         help="measure a model's error curves",
         description="Measures the local errors of tortoise and hare (Algorithm 3 of the paper) on "
-        "your prompts and saves them; one file serves every number of steps, scale and budget. "
+        "your prompts and saves them; one file serves every number of steps and budget. "
         "Costs 4 evaluations per step and prompt. The prompts are measured in two halves, and how "
         "well their grids agree is printed.",
     )
@@ -101,10 +101,10 @@ def _demo(args: argparse.Namespace) -> None:
     from .demo.sheet import contact_sheet
     from .doctor import collect, machine_line
 
-    size = {"images": 10, "repeats": 1, "reference_steps": 100} if args.quick else {}
-    settings = Settings(
-        **{"images": args.images, **size}, guidance_scale=args.guidance_scale, seed=args.seed
-    )
+    size = {"images": 10, "reference_steps": 100} if args.quick else {}
+    if args.images is not None:
+        size["images"] = args.images
+    settings = Settings(**size, guidance_scale=args.guidance_scale, seed=args.seed)
     _writable(args.out)
     result = compare(settings)
     sheet = contact_sheet(**result.pop("sheet"))

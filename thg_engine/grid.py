@@ -131,10 +131,18 @@ class MappedGrid:
     Attributes:
         indices: coarse points on the fine grid it was made for.
         lambdas: half log-SNR of that fine grid, one per row.
+        cutoff: row of that fine grid from which delta is 0; None: never.
     """
 
     indices: CoarseGrid
     lambdas: tuple[float, ...]
+    cutoff: int | None = None
+
+    def cutoff_on(self, lambdas: Sequence[float]) -> int:
+        """The first row at or past the cut-off's half log-SNR; the number of rows without one."""
+        if self.cutoff is None:
+            return len(lambdas)
+        return bisect_left(_bounded(lambdas), _bounded(self.lambdas)[self.cutoff] - 1e-3)
 
     def on(self, lambdas: Sequence[float]) -> CoarseGrid:
         """Coarse points of a run at ``lambdas``; the identical indices on the same fine grid."""

@@ -76,10 +76,12 @@ def resolve_nfe(nfe: int | float, num_rows: int) -> int:
         raise InvalidArgument("nfe", nfe, "give evaluations (int) or a share of 2 N (float).")
     if isinstance(nfe, int):
         budget = nfe
-    elif 0 < nfe <= 1:
-        budget = round(nfe * 2 * num_rows)
+    elif 0.5 < nfe <= 1:
+        budget = max(num_rows + 1, round(nfe * 2 * num_rows))
     else:
-        raise InvalidArgument("nfe", nfe, "a share lies in (0, 1]; give an int for a count.")
+        raise InvalidArgument(
+            "nfe", nfe, "a share lies in (0.5, 1]: the conditional branch alone is half."
+        )
     return min(budget, 2 * num_rows)
 
 
@@ -169,14 +171,16 @@ class THG:
         """The same method with error curves to choose its grid from."""
         return replace(self, calibration=calibration)
 
-    def _limit(self, num_rows: int) -> int:
-        """The row from which delta is 0; ``num_rows`` where there is no cut-off."""
-        return num_rows if self.cutoff is None else resolve_row("cutoff", self.cutoff, num_rows)
+    def _limit(self, lambdas: Sequence[float]) -> int:
+        """The row from which delta is 0; the number of rows where it never is."""
+        if self.cutoff is not None:
+            return resolve_row("cutoff", self.cutoff, len(lambdas))
+        return self.grid.cutoff_on(lambdas) if isinstance(self.grid, MappedGrid) else len(lambdas)
 
     def coarse_grid(self, lambdas: Sequence[float], guidance_scale: float) -> CoarseGrid:
         """Row indices at which the hare steps, cut-off not yet applied."""
         num_rows = len(lambdas)
-        cutoff = self._limit(num_rows)
+        cutoff = self._limit(lambdas)
         if isinstance(self.grid, MappedGrid):
             return self.grid.on(lambdas)
         if isinstance(self.grid, int):
@@ -196,17 +200,17 @@ class THG:
         return default_grid(num_rows)
 
     def rows(self, lambdas: Sequence[float], guidance_scale: float) -> tuple[GuidanceRow, ...]:
-        """Rows of Algorithm 1; the cut-off row is a coarse point with delta = 0."""
+        """Rows of Algorithm 1; from the cut-off on, every row is a coarse point with delta = 0."""
         num_rows = len(lambdas)
-        limit = self._limit(num_rows)
+        limit = self._limit(lambdas)
         points = {*self.coarse_grid(lambdas, guidance_scale), limit, num_rows}
         ladder = sorted(points)
         rows: list[GuidanceRow] = []
         for start, stop in pairwise(ladder):
             boost = self.boost if stop - start > 1 else 1.0
             if start >= limit:
-                within = replace(UNGUIDED, coarse=False)
-                rows += [UNGUIDED, *(within,) * (stop - start - 1)]
+                # Delta := 0 at each of these rows: the hare steps along, nothing is extrapolated.
+                rows += [UNGUIDED] * (stop - start)
             else:
                 held = (replace(HELD, boost=boost),) * (stop - start - 1)
                 rows += [replace(FRESH, boost=boost), *held]

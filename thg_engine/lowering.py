@@ -170,6 +170,8 @@ class _TwoState:
     guidance_scale: float
     prediction_type: str
     coarse: list[int] = field(default_factory=list)
+    boost: float = 1.0
+    """Boost of the span that is open."""
     hare: dict[int, LinearForm] = field(default_factory=dict)
     """x^H at each coarse point."""
     delta: dict[int, LinearForm] = field(default_factory=dict)
@@ -188,6 +190,9 @@ class _TwoState:
     def _row(self, i: int, guided: GuidanceRow) -> Row:
         if guided.cond_change_weights or (guided.delta_weights not in ((), (1.0,))):
             remedy = "the two-state form only holds the newest delta; use form='combined'."
+            raise InvalidArgument("guidance", guided, remedy)
+        if not guided.coarse and guided.boost != self.boost and guided.delta_weights:
+            remedy = "a held row has the boost of its span; use form='combined' for another."
             raise InvalidArgument("guidance", guided, remedy)
         update = LinearForm()
         dropped = not (guided.evaluates_both or guided.delta_weights)
@@ -227,6 +232,7 @@ class _TwoState:
     def _coarse_step(self, i: int, guided: GuidanceRow) -> LinearForm:
         """Open a span at row i; returns what the row stores into H (empty: nothing)."""
         value = self._hare_at(i) if self.coarse else LinearForm()
+        self.boost = guided.boost
         self.coarse.insert(0, i)
         self.delta[i] = LinearForm()
         self.hare[i] = value

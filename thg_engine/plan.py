@@ -275,7 +275,7 @@ def _guidance(row: Row) -> str:
     if row.evaluates_both:
         return f"delta fresh, {boost}"
     if row.guidance_weight == 0.0 or not (row.delta_weights or row.cond_change_weights):
-        return "none" if not row.step_delta_weights else "delta held in the hare's own history"
+        return "none" if not row.step_delta_weights else "hare carried on by its own solver"
     if row.delta_weights == (1.0,) and not row.cond_change_weights:
         return f"delta held, {boost}"
     terms = [f"{weight:+.3g} D_{k}" for k, weight in enumerate(row.delta_weights)]

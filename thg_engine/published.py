@@ -76,7 +76,7 @@ def published(model: str, rho: float | None = None) -> PublishedGrid:
     key = f"{number:g}" if isinstance(number, (int, float)) else str(number)
     if key not in entry["grids"]:
         raise InvalidArgument("rho", rho, f"published are {', '.join(entry['grids'])}.")
-    grid = MappedGrid(tuple(entry["grids"][key]), tuple(entry["lambdas"]))
+    grid = MappedGrid(tuple(entry["grids"][key]), tuple(entry["lambdas"]), entry["cutoff"])
     names = ("solver", "num_steps", "guidance_scale", "boost")
     values = {name: entry[name] for name in names}
     share = entry["cutoff"] / entry["num_steps"]

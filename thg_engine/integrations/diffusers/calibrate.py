@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ...calibration import Batch, calibrate_denoiser, fine_points
+from ...calibration import Batch, calibrate_denoiser, check_scale, fine_points
 from ...curves import Calibration
 from ...engine import Engine
 from ...errors import InvalidArgument, UnsupportedPipeline
 from ...schedule import NoiseSchedule, model_timesteps, prediction_type
+from ...solvers import get_solver
 from .adapters import RECORDS, find_record
 from .compiled import denoiser_of
 from .resolve import fingerprint
@@ -44,7 +45,7 @@ def calibrate(
         UnsupportedPipeline: no adapter record, or a denoiser that takes an image as well.
         InvalidArgument: no prompts, w <= 1, or a step or batch count below 1.
     """
-    module = _checked(pipe, prompts, num_inference_steps, batch_size)
+    module = _checked(pipe, prompts, guidance_scale, num_inference_steps, solver, batch_size)
     schedule, timesteps, kind = _fine_grid(pipe.scheduler, num_inference_steps)
     with _bar(schedule, timesteps, prompts, batch_size, progress) as bar, torch.no_grad():
         return calibrate_denoiser(
@@ -95,14 +96,18 @@ def _fine_grid(given: Any, num_inference_steps: int) -> tuple[NoiseSchedule, lis
     return schedule, [float(t) for t in model_timesteps(scheduler)], prediction_type(scheduler)
 
 
-def _checked(pipe: Any, prompts: Sequence[str], num_inference_steps: int, batch_size: int) -> Any:
+def _checked(
+    pipe: Any, prompts: Sequence[str], scale: float, steps: int, solver: str, batch_size: int
+) -> Any:
     """The denoiser, once every argument makes sense."""
     module = _supported(pipe)
     if isinstance(prompts, str) or not prompts or not all(isinstance(p, str) for p in prompts):
         raise InvalidArgument("prompts", prompts, "give a non-empty list of captions.")
-    if num_inference_steps < 1:
+    get_solver(solver)
+    check_scale(scale)
+    if steps < 1:
         remedy = "give at least one step; 50 is usual."
-        raise InvalidArgument("num_inference_steps", num_inference_steps, remedy)
+        raise InvalidArgument("num_inference_steps", steps, remedy)
     if batch_size < 1:
         raise InvalidArgument("batch_size", batch_size, "give at least one prompt at a time.")
     channels = (pipe.unet.config.in_channels, pipe.vae.config.latent_channels)

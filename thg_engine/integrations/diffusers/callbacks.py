@@ -103,7 +103,10 @@ def _plain(value: Any) -> Any:
 
 
 def _mark(value: Any) -> Any:
-    """What tells an edit in place: the version, or a copy where inference mode keeps none."""
+    """What tells an edit in place: the version, or a copy where inference mode keeps none.
+
+    Edits that bypass the version (``tensor.data``, a numpy view) go unseen, as they do to autograd.
+    """
     if not isinstance(value, Tensor):
         return None
     return value.clone() if value.is_inference() else value._version

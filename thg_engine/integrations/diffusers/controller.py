@@ -72,11 +72,22 @@ class Controller:
 
     @property
     def plan(self) -> SamplingPlan | None:
-        """Plan of the last call (None if guidance was off); before the first, one for 50 steps."""
+        """Plan of the last call (None if guidance was off).
+
+        Before the first call the finished plan that was given, or one for 50 steps if 50 can be
+        run within the budget, else None.
+        """
         if self._last is not None:
             return self._last.plan
+        if isinstance(self.settings.guidance, SamplingPlan):
+            return self.settings.guidance
         pipe = None if self._pipe is None else self._pipe()
-        return None if pipe is None or self.guidance is None else self.preview(pipe.scheduler)
+        if pipe is None or self.guidance is None:
+            return None
+        try:
+            return self.preview(pipe.scheduler)
+        except InvalidArgument:
+            return None  # a budget for runs of other lengths: only their call can tell
 
     def preview(
         self, scheduler: Any, num_inference_steps: int = 50, guidance_scale: float = 7.5
@@ -148,7 +159,9 @@ class Controller:
         lines = [f"  last call: {share} on {plan.solver}, w = {plan.guidance_scale:g}"]
         lines.append(f"  both branches at rows {grid}")
         if run.refreshes:
-            lines.append(f"  {run.refreshes} row(s) refreshed: a callback edited latents or embeds")
+            lines.append(
+                f"  {run.refreshes} row(s) refreshed: an edit had made the held delta stale"
+            )
         if run.calls < plan.num_rows:
             lines.append(f"  ended after {run.calls} of {plan.num_rows} rows")
         return [*lines, *(f"  {note}" for note in plan.notes)]

@@ -188,7 +188,7 @@ class PipelineRun:
         del self._conds[changes:]
 
     def _watch_embeds(self, named: Mapping[str, Any]) -> None:
-        """Drop held deltas when a callback has swapped or edited the embeddings."""
+        """Drop held deltas when the embeddings have been swapped or edited between two rows."""
         embeds = named.get("encoder_hidden_states")
         if not isinstance(embeds, Tensor):
             return

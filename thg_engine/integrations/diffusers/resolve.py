@@ -96,7 +96,10 @@ def resolve_guidance(
     """
     _check(guidance, calibration, nfe, module)
     if isinstance(guidance, SamplingPlan):
-        return _from_plan(guidance, nfe), ()
+        note = (
+            f"guidance columns of a plan for {guidance.solver} at w = {guidance.guidance_scale:g}"
+        )
+        return _from_plan(guidance, nfe), (f"{note}; solver and scale are the pipeline's own",)
     if guidance == "auto":
         return _auto(calibration, nfe, module)
     if isinstance(guidance, str):
@@ -164,9 +167,9 @@ def _auto(
         return THG(calibration=curves, nfe=budget), (note,)
     published = published_grid(dict(getattr(module, "config", {})))
     if published is not None and nfe is None:
-        note = f"grid published for {published.model} (rho = {published.rho:g}), mapped by log-SNR"
-        method = THG(grid=published.grid, boost=published.boost, cutoff=published.cutoff)
-        return method, (note,)
+        origin = f"{published.model} at {published.num_steps} steps"
+        note = f"grid published for {origin}, mapped by log-SNR"
+        return THG(grid=published.grid, boost=published.boost), (note,)
     if nfe is not None:
         note = "no calibration of this model: the budget is spread evenly over the run"
         return THG(nfe=nfe), (f"{note}; `thg-engine calibrate` places it better",)
