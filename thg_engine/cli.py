@@ -64,9 +64,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--images", type=int, help="prompts, one image each (30, or 10)")
     demo.add_argument("--guidance-scale", type=float, default=5.0, help="w (5.0); 1 is off")
     demo.add_argument("--seed", type=int, default=0, help="of the initial noise (0)")
-    demo.add_argument(
-        "--quick", action="store_true", help="10 images: a smoke test"
-    )
+    demo.add_argument("--quick", action="store_true", help="10 images: a smoke test")
     demo.set_defaults(run=_demo)
 
 

@@ -7,8 +7,9 @@ A calibration stores c_T(lambda) and c_H(lambda) / (w - 1). Algorithm 2 needs th
 in which the step size cancels, so one calibration serves any rho and number of steps (on Gaussian
 mixtures the ratio of 64 steps is within 10 % of that of 128). Dividing by w - 1 is exact along one
 trajectory, but w changes the trajectory: there the ratio carried over from w = 4 is off by a factor
-of 1.2 to 1.6 at w = 3.5 and 4.5, of 3 to 10 at w = 2 and 7.5. So calibrate near the scale you
-sample with; curves of a smaller scale err on the safe side, towards a denser grid.
+of 1.2 to 1.6 at w = 3.5 and 4.5, of 3 to 10 at w = 2 and 7.5. So a rho
+means what it says near the measured scale only (one carried up from a smaller scale gives a denser
+grid than asked); a budget needs the curves' shape alone.
 
 Source: Tortoise and Hare Guidance, arXiv 2511.04117, section 3.3.
 """
