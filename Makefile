@@ -29,8 +29,9 @@ $(STAMP): pyproject.toml setup.py constraints.txt
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[test,metrics]"
 	@touch $@
 
+# Threads that sleep while they wait: spinning ones lose many times over to any other busy program.
 demo: $(STAMP)
-	$(BIN)/thg-engine demo --out $(OUT)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/thg-engine demo --out $(OUT)
 
 # One thread per worker: the tests are many small tensors, where threads cost more than they give,
 # and two workers with all cores each fight over them.

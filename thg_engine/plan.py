@@ -182,6 +182,7 @@ class SamplingPlan:
             heights = [2 if both else 1] * len(rows)
             axes.bar(rows, heights, width=0.8, color=colour, label=f"{label} ({len(rows)})")
         axes.set(xlabel="row", ylabel="evaluations", yticks=[0, 1, 2])
+        axes.locator_params(axis="x", integer=True)
         axes.set_title(f"{self.method} on {self.solver}: NFE {self.nfe} of {2 * self.num_rows}")
         axes.legend(loc="upper right", ncols=2)
         figure.savefig(path, dpi=120)

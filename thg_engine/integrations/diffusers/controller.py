@@ -162,6 +162,8 @@ class Controller:
             lines.append(
                 f"  {run.refreshes} row(s) refreshed: an edit had made the held delta stale"
             )
+        if plan.nfe == 2 * plan.num_rows and plan.method != "cfg":
+            lines.append("  nothing saved: this grid or budget has both branches at every row")
         if run.calls < plan.num_rows:
             lines.append(f"  ended after {run.calls} of {plan.num_rows} rows")
         return [*lines, *(f"  {note}" for note in plan.notes)]

@@ -106,6 +106,7 @@ def resolve_guidance(
         if guidance not in GUIDANCE_NAMES:
             names = ", ".join(["auto", *GUIDANCE_NAMES])
             raise InvalidArgument("guidance", guidance, f"use one of {names}, a method or a plan.")
+        nfe = DEFAULT_NFE if guidance == "thg" and nfe is None else nfe
         guidance = GUIDANCE_NAMES[guidance]()
     if isinstance(guidance, type) or not isinstance(guidance, Guidance):
         remedy = "give a method such as thg_engine.THG(), a SamplingPlan, or a name."
