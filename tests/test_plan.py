@@ -49,13 +49,13 @@ def make(*rows: Row, **changes) -> SamplingPlan:
         ([FRESH, replace(FRESH, guided_weights=(1.0, 0.0, 0.5))], "rows[1]", "E_2"),
         ([replace(COND, cond_weights=(1.0, 0.5))], "rows[0]", "C_1"),
         ([FRESH, replace(HELD, cond_change_weights=(0.0, 1.0))], "rows[1]", "C_2"),
-        ([replace(FRESH, hare_weights=(1.0,))], "rows[0]", "H_0"),
-        ([replace(FRESH, hare_sample_update=(1.0,))], "rows[0]", "H_1"),
-        ([replace(COND, hare_delta_update=(1.0,))], "rows[0]", "D_0"),
+        ([replace(FRESH, state_weights=(1.0,))], "rows[0]", "S_0"),
+        ([replace(FRESH, state_update=(1.0,))], "rows[0]", "S_1"),
+        ([replace(COND, state_delta_update=(1.0,))], "rows[0]", "D_0"),
         (
-            [replace(FRESH, hare_delta_update=(1.0,)), replace(FRESH, hare_weights=(0.0, 1.0))],
+            [replace(FRESH, state_delta_update=(1.0,)), replace(FRESH, state_weights=(0.0, 1.0))],
             "rows[1]",
-            "H_1",
+            "S_1",
         ),
     ],
 )
@@ -68,8 +68,8 @@ def test_reads_before_writes_are_refused(rows, where, value):
 def test_reads_after_writes_are_allowed():
     make(FRESH, HELD, replace(HELD, cond_change_weights=(0.3, 0.2)))
     make(FRESH, COND, FRESH, replace(HELD, delta_weights=(2.0, -1.0)))
-    hare = replace(FRESH, hare_delta_update=(1.0,), hare_weights=(1.0,))
-    make(hare, replace(hare, hare_sample_update=(1.0,), hare_weights=(0.5, 0.5)))
+    hare = replace(FRESH, state_delta_update=(1.0,), state_weights=(1.0,))
+    make(hare, replace(hare, state_update=(1.0,), state_weights=(0.5, 0.5)))
     # Columns of weight zero are not read; g = 0 reads no delta.
     make(replace(HELD, guidance_weight=0.0))
     make(FRESH, replace(HELD, delta_weights=(1.0, 0.0)))
@@ -117,7 +117,7 @@ def test_frozen_and_counted():
 
 
 def test_register_depths():
-    assert make(FRESH).register_depths() == {"X": 1, "C": 0, "D": 0, "E": 1, "H": 0}
+    assert make(FRESH).register_depths() == {"X": 1, "C": 0, "D": 0, "E": 1, "S": 0}
     assert make(FRESH, HELD).register_depths()["D"] == 1
     third = replace(
         HELD,
@@ -126,10 +126,10 @@ def test_register_depths():
         sample_weights=(1.0, 0.0, 0.1),
         guided_weights=(0.5, 0.1),
     )
-    assert make(FRESH, FRESH, third).register_depths() == {"X": 3, "C": 3, "D": 2, "E": 2, "H": 0}
+    assert make(FRESH, FRESH, third).register_depths() == {"X": 3, "C": 3, "D": 2, "E": 2, "S": 0}
     # Trailing zeros hold nothing.
     padded = replace(FRESH, sample_weights=(1.0, 0.0, 0.0), guided_weights=(0.5, 0.0))
-    assert make(padded).register_depths() == {"X": 1, "C": 0, "D": 0, "E": 1, "H": 0}
+    assert make(padded).register_depths() == {"X": 1, "C": 0, "D": 0, "E": 1, "S": 0}
 
 
 @pytest.mark.parametrize("solver", ["ddim", "dpmpp2m"])

@@ -1,4 +1,4 @@
-"""The loop: runs any plan on any denoiser, eagerly. No formulas here; a row holds them.
+"""The loop: runs any plan on any denoiser, one fused launch per step. No formulas here.
 
     engine = Engine(denoiser)
     x_0 = engine.sample(x_T, cond, uncond, plan)
@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from thg_kernels.step_update import Registers, step_update
+from thg_kernels.step_update import BranchRows, StepState, choose_backend, step_update
 
 from .errors import InvalidArgument, ThgError
+from .packing import step_table
 from .plan import SamplingPlan
 
 Conditioning = Any
@@ -32,7 +33,8 @@ class Denoiser(Protocol):
 
     Args:
         model_input: shape ``(R, ...)``, R = batch, or 2 x batch with the unconditional half first.
-        timestep: shape ``(R,)``, float32, on the device of the input.
+            A buffer that the next step overwrites: copy what has to outlive the call.
+        timestep: shape ``(R,)``, float32, on the device of the input; such a buffer, too.
         conditioning: the condition of each of the R rows.
     Returns:
         The prediction, shape of ``model_input``.
@@ -50,8 +52,7 @@ class Run:
 
     Attributes:
         plan: what is being run.
-        registers: past samples, outputs and deltas in the register dtype.
-        model_dtype: what the denoiser is fed in.
+        state: registers, cursor and buffers on the device.
         cond, uncond: conditioning of the two branches.
         generator: source of the noise of stochastic solvers.
         row: index of the next row; ``plan.num_rows`` when the run is over.
@@ -59,23 +60,33 @@ class Run:
     """
 
     plan: SamplingPlan
-    registers: Registers
-    model_dtype: torch.dtype
+    state: StepState
     cond: Conditioning
     uncond: Conditioning
     generator: torch.Generator | None
     row: int = 0
     nfe: int = 0
+    _version: int = -1
+    _both: Conditioning = None
 
     @property
     def sample(self) -> Tensor:
-        """The current x, shape of x_T, in the register dtype."""
-        return self.registers.samples[0]
+        """The current x, shape of x_T, in the register dtype.
+
+        A view of a register, good until the next step; edits in place count from the next row on.
+        """
+        return self.state.samples()
 
     @property
     def done(self) -> bool:
         """Whether every row has run."""
         return self.row == self.plan.num_rows
+
+    def both_conditionings(self) -> Conditioning:
+        """[uncond, cond] along the batch, made once."""
+        if self._both is None:
+            self._both = pytree.tree_map(_concatenate, self.uncond, self.cond)
+        return self._both
 
 
 class Engine:
@@ -84,7 +95,9 @@ class Engine:
     Args:
         denoiser: see `Denoiser`.
         model_dtype: dtype of the model input; that of x_T if None.
-        register_dtype: dtype of samples, outputs and deltas between the calls.
+        register_dtype: dtype of samples, outputs and deltas between the calls. float64 runs in
+            plain torch.
+        backend: of the fused step, see `thg_kernels.step_update`; the fastest there is if None.
     """
 
     def __init__(
@@ -93,6 +106,7 @@ class Engine:
         *,
         model_dtype: torch.dtype | None = None,
         register_dtype: torch.dtype = torch.float32,
+        backend: str | None = None,
     ) -> None:
         if not callable(denoiser):
             raise InvalidArgument(
@@ -106,6 +120,7 @@ class Engine:
         self.denoiser = denoiser
         self.model_dtype = model_dtype
         self.register_dtype = register_dtype
+        self.backend = backend
 
     def sample(
         self,
@@ -159,11 +174,14 @@ class Engine:
             raise InvalidArgument("plan", f"<{plan.method} on {plan.solver}>", remedy)
         check_inputs(x_T, cond, uncond, both=any(row.evaluates_both for row in plan.rows))
         _check_generator(generator, x_T.device)
-        # A copy: what a callback writes into the sample must not reach the caller's noise.
-        start = x_T.detach().to(self.register_dtype, copy=True)
-        registers = Registers([start], plan.register_depths())
-        model_dtype = self.model_dtype or x_T.dtype
-        return Run(plan, registers, model_dtype, cond, uncond, generator)
+        state = StepState(
+            step_table(plan),
+            x_T,
+            model_dtype=self.model_dtype or x_T.dtype,
+            register_dtype=self.register_dtype,
+            inputs=BranchRows.both(x_T.shape[0]),
+        )
+        return Run(plan, state, cond, uncond, generator, _version=state.registers._version)
 
     @torch.no_grad()
     def step(self, run: Run) -> Tensor:
@@ -173,22 +191,32 @@ class Engine:
         """
         if run.done:
             raise ThgError("the run is over: begin a new one.")
-        row = run.plan.rows[run.row]
-        x = (row.input_scale * run.sample).to(run.model_dtype)
-        uncond: Tensor | None = None
-        if row.evaluates_both:
-            cond, uncond = self.evaluate_both(x, row.timestep, run.cond, run.uncond)
-        else:
-            cond = self._evaluate(x, row.timestep, run.cond)
+        row, state = run.plan.rows[run.row], run.state
+        if state.registers._version != run._version:
+            state.refresh_input()  # a callback has edited the sample
+        output, outputs = self._evaluate_row(run, row.evaluates_both)
         noise = None
         if row.noise_weight != 0.0:
-            noise = torch.randn(
-                x.shape, generator=run.generator, device=x.device, dtype=run.sample.dtype
-            )
-        x_next = step_update(run.registers, row, cond, uncond, noise)
+            x = run.sample
+            noise = torch.randn(x.shape, generator=run.generator, device=x.device, dtype=x.dtype)
+        step_update(state, output, outputs, noise=noise, backend=self.backend)
+        run._version = state.registers._version
         run.row += 1
         run.nfe += row.nfe
-        return x_next
+        return run.sample
+
+    def _evaluate_row(self, run: Run, both: bool) -> tuple[Tensor, BranchRows]:
+        """The denoiser's rows for the next step, and which is which."""
+        state = run.state
+        if state.model_input is None or state.timestep is None:
+            raise ThgError("the run keeps no model input: begin it with Engine.begin.")
+        if both:
+            outputs, first, conditioning = state.inputs, 0, run.both_conditionings()
+        else:
+            outputs, first = BranchRows.cond_only(state.batch), state.batch
+            conditioning = run.cond
+        x, t = state.model_input[first:], state.timestep[first:]
+        return self._call(x, t, conditioning), outputs
 
     def result(self, run: Run) -> Tensor:
         """The final sample in the register dtype; `ThgError` if rows are left."""
@@ -202,11 +230,11 @@ class Engine:
     ) -> tuple[Tensor, Tensor]:
         """(conditional, unconditional) outputs at ``x`` from one call with a doubled batch."""
         both = pytree.tree_map(_concatenate, uncond, cond)
-        output_uncond, output_cond = self._evaluate(torch.cat([x, x]), timestep, both).chunk(2)
+        t = torch.full((2 * x.shape[0],), timestep, dtype=torch.float32, device=x.device)
+        output_uncond, output_cond = self._call(torch.cat([x, x]), t, both).chunk(2)
         return output_cond, output_uncond
 
-    def _evaluate(self, x: Tensor, timestep: float, conditioning: Conditioning) -> Tensor:
-        t = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
+    def _call(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         output = self.denoiser(x, t, conditioning)
         if output.shape != x.shape:
             remedy = f"the denoiser must return the shape of its input, {tuple(x.shape)}."

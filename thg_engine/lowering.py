@@ -177,8 +177,8 @@ class _TwoState:
     delta: dict[int, LinearForm] = field(default_factory=dict)
     """(w - 1) b delta at each coarse point; empty where delta is dropped."""
     tortoise: dict[int, LinearForm] = field(default_factory=dict)
-    writes: dict[str, list[int]] = field(default_factory=lambda: {"D": [], "H": []})
-    """Rows that shifted D and H so far."""
+    writes: dict[str, list[int]] = field(default_factory=lambda: {"D": [], "S": []})
+    """Rows that shifted D and S so far."""
 
     def rows(self) -> tuple[Row, ...]:
         """One `Row` per fine step."""
@@ -206,7 +206,7 @@ class _TwoState:
         for k, weight in enumerate(step.output):
             x_next = x_next.plus(_symbol("C", i - k), weight)
         columns = self._columns(i, x_next)
-        before = self._columns(i, update, hare_shift=int(bool(update.terms)))
+        before = self._columns(i, update, state_shift=int(bool(update.terms)))
         return Row(
             timestep=self.points[i].timestep,
             lambda_t=self.points[i].lambda_t,
@@ -217,9 +217,9 @@ class _TwoState:
             sample_weights=columns["X"],
             cond_weights=columns["C"],
             step_delta_weights=columns["D"],
-            hare_weights=columns["H"],
-            hare_sample_update=before["H"],
-            hare_delta_update=before["D"],
+            state_weights=columns["S"],
+            state_update=before["S"],
+            state_delta_update=before["D"],
         )
 
     @property
@@ -230,7 +230,7 @@ class _TwoState:
         return [self.points[j] for j in rows[: self.solver.order]]
 
     def _coarse_step(self, i: int, guided: GuidanceRow) -> LinearForm:
-        """Open a span at row i; returns what the row stores into H (empty: nothing)."""
+        """Open a span at row i; returns what the row stores into S (empty: nothing)."""
         value = self._hare_at(i) if self.coarse else LinearForm()
         self.boost = guided.boost
         self.coarse.insert(0, i)
@@ -241,8 +241,8 @@ class _TwoState:
             weight = (self.guidance_scale - 1.0) * guided.boost
             self.delta[i] = _symbol("D", i, weight)
             if value.terms:
-                self.writes["H"].append(i)
-                self.hare[i] = _symbol("H", i)
+                self.writes["S"].append(i)
+                self.hare[i] = _symbol("S", i)
                 return value
         return LinearForm()
 
@@ -259,13 +259,13 @@ class _TwoState:
             value = value.plus(self.delta[c], weight)
         return value
 
-    def _columns(self, i: int, form: LinearForm, hare_shift: int = 0) -> dict[str, Weights]:
-        """Dense weights by register age in row i; ``hare_shift`` reads H before its own update."""
+    def _columns(self, i: int, form: LinearForm, state_shift: int = 0) -> dict[str, Weights]:
+        """Dense weights by register age in row i; ``state_shift`` reads S before its own update."""
         age: dict[str, Callable[[int], int]] = {
             "X": lambda row: i - row,
             "C": lambda row: i - row,
             "D": lambda row: len(self.writes["D"]) - 1 - self.writes["D"].index(row),
-            "H": lambda row: len(self.writes["H"]) - 1 - self.writes["H"].index(row) - hare_shift,
+            "S": lambda row: len(self.writes["S"]) - 1 - self.writes["S"].index(row) - state_shift,
         }
         columns: dict[str, Weights] = {}
         for register, age_of in age.items():

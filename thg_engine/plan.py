@@ -1,13 +1,15 @@
 r"""Sampling plans: a whole run as frozen rows, one per model call.
 
 With registers X_k (past samples), C_k (conditional outputs), D_k (guidance deltas), E_k (guided
-outputs) and H_k (the hare's state at past coarse points), each newest first, a row does
+outputs) and S_k (a state that a solver keeps besides the sample: the hare's at past coarse points,
+or the corrected sample of a predictor-corrector), each newest first, a row does
 
     delta_hat = c - u                                        if it evaluates both (then D shifts)
               = sum_k w_k D_k + sum_k v_k (c - C_k)          otherwise
-    h         = sum_k r'_k H_k + sum_k p'_k D_k              if it has hare weights (then H shifts)
-    e_hat     = c + g delta_hat
-    x_next    = sum_k a_k X_k + sum_k b_k E_k + sum_k q_k C_k + sum_k p_k D_k + sum_k r_k H_k + s z
+    e_hat     = c + g delta_hat                              (then C and E shift)
+    state     = sum_k r'_k S_k + sum_k p'_k D_k + sum_k a'_k X_k + sum_k b'_k E_k
+                                                             if it has such weights (then S shifts)
+    x_next    = sum_k a_k X_k + sum_k b_k E_k + sum_k q_k C_k + sum_k p_k D_k + sum_k r_k S_k + s z
 
 and knows beforehand what it costs. `lowering.py` makes plans, `engine.py` runs them.
 """
@@ -45,9 +47,11 @@ class Row:
         guided_weights: b_k.
         cond_weights: q_k.
         step_delta_weights: p_k.
-        hare_weights: r_k, after the hare's own update in this row.
-        hare_sample_update: r'_k, before the update; with ``hare_delta_update`` empty: no update.
-        hare_delta_update: p'_k, after D has shifted.
+        state_weights: r_k, after the state's own update in this row.
+        state_update: r'_k, before the update; with all four of these empty: no update.
+        state_delta_update: p'_k, after D has shifted.
+        state_sample_update: a'_k.
+        state_guided_update: b'_k, after E has shifted.
         noise_weight: s.
     """
 
@@ -62,20 +66,30 @@ class Row:
     guided_weights: Weights = ()
     cond_weights: Weights = ()
     step_delta_weights: Weights = ()
-    hare_weights: Weights = ()
-    hare_sample_update: Weights = ()
-    hare_delta_update: Weights = ()
+    state_weights: Weights = ()
+    state_update: Weights = ()
+    state_delta_update: Weights = ()
+    state_sample_update: Weights = ()
+    state_guided_update: Weights = ()
     noise_weight: float = 0.0
 
     @property
-    def updates_hare(self) -> bool:
-        """Whether the hare's register shifts in this row."""
-        return bool(self.hare_sample_update or self.hare_delta_update)
+    def updates_state(self) -> bool:
+        """Whether S shifts in this row."""
+        return any(
+            (
+                self.state_update,
+                self.state_delta_update,
+                self.state_sample_update,
+                self.state_guided_update,
+            )
+        )
 
     @property
     def has_step(self) -> bool:
         """Whether the row says how the next sample is formed."""
-        return any((self.sample_weights, self.guided_weights, self.cond_weights))
+        steps = (self.sample_weights, self.guided_weights, self.cond_weights, self.state_weights)
+        return any(steps)
 
     @property
     def nfe(self) -> int:
@@ -147,8 +161,8 @@ class SamplingPlan:
         return any(row.noise_weight != 0.0 for row in self.rows)
 
     def register_depths(self) -> dict[str, int]:
-        """How many entries of X, C, D, E and H the plan ever reads, the current ones included."""
-        depths = dict.fromkeys("XCDEH", 0)
+        """How many entries of X, C, D, E and S the plan ever reads, the current ones included."""
+        depths = dict.fromkeys("XCDES", 0)
         for row in self.rows:
             for register, age in _reads(row):
                 depths[register] = max(depths[register], age + 1)
@@ -232,23 +246,25 @@ def _reads(row: Row) -> Iterator[tuple[str, int]]:
         ("E", row.guided_weights),
         ("C", row.cond_weights),
         ("D", row.step_delta_weights),
-        ("H", row.hare_weights),
-        ("D", row.hare_delta_update),
+        ("S", row.state_weights),
+        ("D", row.state_delta_update),
+        ("X", row.state_sample_update),
+        ("E", row.state_guided_update),
     ]
     if not row.evaluates_both and row.guidance_weight != 0.0:
         columns.append(("D", row.delta_weights))
         columns.append(("C", (0.0, *row.cond_change_weights)))
     for register, weights in columns:
         yield from ((register, age) for age, weight in enumerate(weights) if weight != 0.0)
-    if row.updates_hare:
-        ages = enumerate(row.hare_sample_update)
-        # The update reads H before it shifts: age k there is age k + 1 afterwards.
-        yield from (("H", age + 1) for age, weight in ages if weight != 0.0)
+    if row.updates_state:
+        ages = enumerate(row.state_update)
+        # The update reads S before it shifts: age k there is age k + 1 afterwards.
+        yield from (("S", age + 1) for age, weight in ages if weight != 0.0)
 
 
 def _check_rows(rows: tuple[Row, ...]) -> None:
     """Refuse numbers that are not finite and reads of registers that no row has written."""
-    written = dict.fromkeys("XCDEH", 0)
+    written = dict.fromkeys("XCDES", 0)
     for i, row in enumerate(rows):
         for field in fields(row):
             value = getattr(row, field.name)
@@ -260,7 +276,7 @@ def _check_rows(rows: tuple[Row, ...]) -> None:
         for register in "XCE":
             written[register] += 1
         written["D"] += row.evaluates_both
-        written["H"] += row.updates_hare
+        written["S"] += row.updates_state
         for register, age in _reads(row):
             if age >= written[register]:
                 remedy = (

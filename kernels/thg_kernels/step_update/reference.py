@@ -1,170 +1,147 @@
-r"""The fused step in plain torch: what every other backend must equal.
+"""The fused step in plain torch, float64 inside: what every other backend must equal.
 
-A row turns the registers and the denoiser's outputs of this call into the next sample:
-
-    D shifts, D_0 = c - u                                    where the unconditional branch ran
-    delta_hat = D_0, or sum_k w_k D_k + sum_k v_k (c - C_k)  where it did not
-    H shifts, H_0 = sum_k r'_k H_k + sum_k p'_k D_k          where the row updates the hare
-    E_0 = c + g delta_hat
-    X_{-1} = sum a_k X_k + sum b_k E_k + sum q_k C_k + sum p_k D_k + sum r_k H_k + s z
-
-Columns that are zero are not read, so a register nobody needs may hold anything.
+Same signature as the other backends, see `thg_kernels.step_update.op`; never imports Triton.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-Weights = tuple[float, ...]
+from .table import HEAD, WEIGHTS, Column
 
 
-class RowLike(Protocol):
-    """The columns of a row, as `thg_engine.plan.Row` has them (meaning and formulas there)."""
+def step_update_reference(
+    registers: Tensor,
+    cursor: Tensor,
+    table: Tensor,
+    model_output: Tensor,
+    output_rows: Tensor,
+    model_input: Tensor | None,
+    timestep: Tensor | None,
+    input_rows: Tensor | None,
+    sample: Tensor | None,
+    noise: Tensor | None,
+    uses: int,
+    layout: Sequence[int],
+) -> None:
+    """Run one row of every active sample, in place.
 
-    @property
-    def evaluates_both(self) -> bool: ...
-    @property
-    def updates_hare(self) -> bool: ...
-    @property
-    def guidance_weight(self) -> float: ...
-    @property
-    def delta_weights(self) -> Weights: ...
-    @property
-    def cond_change_weights(self) -> Weights: ...
-    @property
-    def sample_weights(self) -> Weights: ...
-    @property
-    def guided_weights(self) -> Weights: ...
-    @property
-    def cond_weights(self) -> Weights: ...
-    @property
-    def step_delta_weights(self) -> Weights: ...
-    @property
-    def hare_weights(self) -> Weights: ...
-    @property
-    def hare_sample_update(self) -> Weights: ...
-    @property
-    def hare_delta_update(self) -> Weights: ...
-    @property
-    def noise_weight(self) -> float: ...
-
-
-@dataclass
-class Registers:
-    """State of one run: past values, newest first, all of the latent's shape and one dtype.
-
-    Attributes:
-        samples: X_0 (the current sample), X_1, ...
-        depths: how many entries of "X", "C", "D", "E", "H" the plan reads; older ones are dropped.
+    ``uses`` and ``layout`` tell the other backends what to leave out and how to find an element;
+    torch needs neither.
     """
+    lines = table.to(torch.float64).cpu()
+    cond_rows, uncond_rows = output_rows.tolist()
+    at = cursor[0].tolist()
+    groups: dict[int, list[int]] = {}
+    for b, row in enumerate(at):
+        if _active(lines, row, cond_rows[b], uncond_rows[b]):
+            groups.setdefault(row, []).append(b)
+    for row, members in groups.items():
+        line = lines[row].tolist()
+        index = torch.tensor(members, device=registers.device)
+        cond = _take(model_output, [cond_rows[b] for b in members])
+        both = line[Column.BOTH] != 0.0
+        uncond = _take(model_output, [uncond_rows[b] for b in members]) if both else None
+        z = noise.index_select(0, index).double() if noise is not None else None
+        x_next = _row(registers, line, index, cond, uncond, z)
+        _write_outputs(x_next, lines[row + 1].tolist(), members, model_input, timestep, input_rows)
+        if sample is not None:
+            sample.index_copy_(0, index, x_next.to(sample.dtype))
+        cursor[0].index_fill_(0, index, row + 1)
 
-    samples: list[Tensor]
-    depths: Mapping[str, int]
-    conds: list[Tensor] = field(default_factory=list)
-    deltas: list[Tensor] = field(default_factory=list)
-    guided: list[Tensor] = field(default_factory=list)
-    hares: list[Tensor] = field(default_factory=list)
 
-    def push(self, register: str, value: Tensor) -> None:
-        """Shift ``value`` into a register, keeping as many entries as the plan reads."""
-        names = {"X": "samples", "C": "conds", "D": "deltas", "E": "guided", "H": "hares"}
-        stack: list[Tensor] = getattr(self, names[register])
-        stack.insert(0, value)
-        # The current sample is the result of a step even where no row reads it.
-        del stack[max(self.depths[register], int(register == "X")) :]
+def _active(lines: Tensor, row: int, cond_row: int, uncond_row: int) -> bool:
+    """Whether a sample has a row to run and the outputs that the row needs."""
+    if not 0 <= row < len(lines) - 1 or lines[row, Column.ACTIVE] == 0 or cond_row < 0:
+        return False
+    return bool(lines[row, Column.BOTH] == 0) or uncond_row >= 0
 
 
-def step_update(
-    registers: Registers,
-    row: RowLike,
+def _take(model_output: Tensor, rows: list[int]) -> Tensor:
+    return model_output[torch.tensor(rows, device=model_output.device)].double()
+
+
+def _row(
+    registers: Tensor,
+    line: list[float],
+    index: Tensor,
     cond: Tensor,
     uncond: Tensor | None,
-    noise: Tensor | None = None,
+    noise: Tensor | None,
 ) -> Tensor:
-    """Run one row; returns the next sample, which is also the registers' new X_0.
+    """The arithmetic of one row for the samples ``index``; returns x_next in float64."""
+    num_slots = len(registers)
+    weights = {
+        name: line[HEAD + k * num_slots : HEAD + (k + 1) * num_slots]
+        for k, name in enumerate(WEIGHTS)
+    }
 
-    Args:
-        registers: state; changed in place.
-        row: the coefficients.
-        cond: denoiser output for the condition, shape of the latent, any float dtype.
-        uncond: unconditional output; exactly where ``row.evaluates_both``.
-        noise: unit Gaussian z, shape of the latent; where ``row.noise_weight`` is not 0.
-    Raises:
-        ValueError: an input is missing, superfluous or of another shape; no register has changed.
-    """
-    _check_inputs(registers, row, cond, uncond, noise)
-    dtype = registers.samples[0].dtype
-    # A denoiser may write every call into the same buffer, so registers hold copies.
-    cond = cond.to(dtype, copy=True)
-    registers.push("C", cond)
-    if uncond is not None:
-        registers.push("D", cond - uncond.to(dtype))
-    if row.updates_hare:
-        previous = (row.hare_sample_update, registers.hares)
-        deltas = (row.hare_delta_update, registers.deltas)
-        registers.push("H", _combine(previous, deltas, like=cond))
-    if registers.depths["E"]:
-        registers.push("E", _guided_output(registers, row, cond, uncond))
-    x_next = _next_sample(registers, row)
-    if row.noise_weight != 0.0 and noise is not None:
-        x_next = x_next + row.noise_weight * noise.to(dtype)
-    registers.push("X", x_next)
+    def total(name: str) -> Tensor:
+        value = torch.zeros_like(cond)
+        for slot, weight in enumerate(weights[name]):
+            if weight != 0.0:
+                value = value + weight * registers[slot].index_select(0, index).double()
+        return value
+
+    if uncond is None:
+        delta = total("to_delta")
+        for slot, weight in enumerate(weights["to_change"]):
+            if weight != 0.0:
+                past = registers[slot].index_select(0, index).double()
+                delta = delta + weight * (cond - past)
+    else:
+        delta = cond - uncond
+    guided = _plus(cond, line[Column.GUIDANCE], delta)
+    state = _plus(total("to_state"), line[Column.STATE_FROM_GUIDED], guided)
+    state = _plus(state, line[Column.STATE_FROM_DELTA], delta)
+    x_next = total("to_sample")
+    for column, value in (
+        (Column.FROM_GUIDED, guided),
+        (Column.FROM_COND, cond),
+        (Column.FROM_DELTA, delta),
+        (Column.FROM_STATE, state),
+    ):
+        x_next = _plus(x_next, line[column], value)
+    if noise is not None:
+        x_next = _plus(x_next, line[Column.NOISE], noise)
+    for column, value in (
+        (Column.SLOT_SAMPLE, x_next),
+        (Column.SLOT_GUIDED, guided),
+        (Column.SLOT_COND, cond),
+        (Column.SLOT_DELTA, delta),
+        (Column.SLOT_STATE, state),
+    ):
+        if line[column] >= 0.0:
+            registers[int(line[column])].index_copy_(0, index, value.to(registers.dtype))
     return x_next
 
 
-def _check_inputs(
-    registers: Registers, row: RowLike, cond: Tensor, uncond: Tensor | None, noise: Tensor | None
+def _plus(value: Tensor, weight: float, term: Tensor) -> Tensor:
+    """``value + weight * term``; a term of weight 0 is not read."""
+    return value if weight == 0.0 else value + weight * term
+
+
+def _write_outputs(
+    x_next: Tensor,
+    following: list[float],
+    members: list[int],
+    model_input: Tensor | None,
+    timestep: Tensor | None,
+    input_rows: Tensor | None,
 ) -> None:
-    if (uncond is not None) != row.evaluates_both:
-        given = "no uncond" if uncond is None else "uncond"
-        raise ValueError(f"{given} for a row with evaluates_both={row.evaluates_both}.")
-    if noise is None and row.noise_weight != 0.0:
-        raise ValueError(f"no noise for a row with noise_weight={row.noise_weight!r}.")
-    shape = registers.samples[0].shape
-    for name, value in (("cond", cond), ("uncond", uncond), ("noise", noise)):
-        if value is not None and value.shape != shape:
-            raise ValueError(f"{name} of shape {tuple(value.shape)}: give {tuple(shape)}.")
-
-
-def _next_sample(registers: Registers, row: RowLike) -> Tensor:
-    """The solver's update without its noise."""
-    return _combine(
-        (row.sample_weights, registers.samples),
-        (row.guided_weights, registers.guided),
-        (row.cond_weights, registers.conds),
-        (row.step_delta_weights, registers.deltas),
-        (row.hare_weights, registers.hares),
-        like=registers.samples[0],
-    )
-
-
-def _guided_output(
-    registers: Registers, row: RowLike, cond: Tensor, uncond: Tensor | None
-) -> Tensor:
-    """E_0 = c + g delta_hat; the conditional output itself where g is 0."""
-    if row.guidance_weight == 0.0:
-        return cond
-    if uncond is not None:
-        return cond + row.guidance_weight * (cond - uncond.to(cond.dtype))
-    weights = row.cond_change_weights
-    # c - C_k is formed first, because the two are close.
-    pairs = zip(weights, registers.conds[1:], strict=False)
-    changes = [cond - past if weight else cond for weight, past in pairs]
-    delta = _combine((row.delta_weights, registers.deltas), (weights, changes), like=cond)
-    return cond + row.guidance_weight * delta
-
-
-def _combine(*columns: tuple[Sequence[float], Sequence[Tensor]], like: Tensor) -> Tensor:
-    """sum over columns and ages of weight * value; entries of weight 0 are not read."""
-    total: Tensor | None = None
-    for weights, values in columns:
-        for age, weight in enumerate(weights):
-            if weight != 0.0:
-                term = weight * values[age]
-                total = term if total is None else total + term
-    return torch.zeros_like(like) if total is None else total
+    """The next model input, scaled, and the next timestep, for the branches the next row runs."""
+    if input_rows is None:
+        return
+    cond_rows, uncond_rows = input_rows.tolist()
+    scaled = following[Column.INPUT_SCALE] * x_next
+    rows = [(cond_rows[b], k) for k, b in enumerate(members) if cond_rows[b] >= 0]
+    if following[Column.BOTH] != 0.0:
+        rows += [(uncond_rows[b], k) for k, b in enumerate(members) if uncond_rows[b] >= 0]
+    for row, k in rows:
+        if model_input is not None:
+            model_input[row].copy_(scaled[k])
+        if timestep is not None:
+            timestep[row].fill_(following[Column.TIMESTEP])

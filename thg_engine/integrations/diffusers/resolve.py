@@ -147,7 +147,7 @@ def _with_curves(
 def _from_plan(plan: SamplingPlan, nfe: int | float | None) -> Guidance:
     if nfe is not None:
         raise InvalidArgument("nfe", nfe, "a finished plan has its cost; leave nfe out.")
-    columns = ("step_delta_weights", "hare_weights", "cond_weights")
+    columns = ("step_delta_weights", "state_weights", "cond_weights")
     if any(getattr(row, column) for row in plan.rows for column in columns):
         remedy = (
             "this plan keeps the hare's own solver history, which a pipeline's scheduler cannot; "
