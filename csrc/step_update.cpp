@@ -1,37 +1,28 @@
-// C entry points of step_update.h: bindings and checks, no arithmetic.
+// The row arithmetic of step_update.h, compiled once for each set of instructions (CMakeLists.txt).
 #include "step_update.h"
 
-#if defined(_WIN32)
-#define THG_EXPORT extern "C" __declspec(dllexport)
-#else
-#define THG_EXPORT extern "C" __attribute__((visibility("default")))
-#endif
+#include "step_update_cpu.h"
 
-namespace {
+namespace thg {
+namespace THG_VARIANT {
 
-// What the entry points return; the caller turns a code into its own error.
-enum Status : int { kOk = 0, kNegativeSize = 1, kNullPointer = 2 };
-
-}  // namespace
-
-THG_EXPORT int thg_linear_combination(const float* const* terms, const float* weights,
-                                      std::int64_t count, std::int64_t numel, float* out) {
-  if (count < 0 || numel < 0) return kNegativeSize;
-  if (numel == 0) return kOk;
-  if (out == nullptr) return kNullPointer;
-  if (count > 0 && (terms == nullptr || weights == nullptr)) return kNullPointer;
-  for (std::int64_t k = 0; k < count; ++k) {
-    if (weights[k] != 0.0F && terms[k] == nullptr) return kNullPointer;
+// Blocks are numbered through the samples: block i is block i % blocks of sample i / blocks.
+void update_blocks(const StepArgs& args, const bool* active, std::int64_t begin, std::int64_t end) {
+  const std::int64_t blocks = blocks_of(args.numel);
+  while (begin < end) {
+    const std::int64_t sample = begin / blocks;
+    const std::int64_t sample_end = (sample + 1) * blocks;
+    const std::int64_t last = end < sample_end ? end : sample_end;
+    if (active[sample]) {
+      const Row row(args, sample);
+      for (std::int64_t i = begin - sample * blocks; i < last - sample * blocks; ++i) {
+        const std::int64_t left = args.numel - i * kBlock;
+        row.run(i * kBlock, left < kBlock ? left : kBlock);
+      }
+    }
+    begin = last;
   }
-  thg::linear_combination(terms, weights, count, numel, out);
-  return kOk;
 }
 
-THG_EXPORT int thg_guided_output(const float* cond, const float* uncond, float gain,
-                                 std::int64_t numel, float* delta, float* out) {
-  if (numel < 0) return kNegativeSize;
-  if (numel == 0) return kOk;
-  if (cond == nullptr || uncond == nullptr || out == nullptr) return kNullPointer;
-  thg::guided_output(cond, uncond, gain, numel, delta, out);
-  return kOk;
-}
+}  // namespace THG_VARIANT
+}  // namespace thg

@@ -166,7 +166,7 @@ def test_held_delta_of_half_precision_loses_nothing(dtype):
     outputs = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5)).to(dtype)
     pipe.unet.conv_out.register_forward_hook(lambda module, args, out: outputs[-len(out) :])
     stock = call(pipe)
-    assert torch.equal(call(thg_engine.compile(pipe, THG(grid=3))), stock)
+    assert torch.equal(call(thg_engine.compile(pipe, THG(grid=3), fused=False)), stock)
     assert pipe.thg.stats()["last_nfe"] == pipe.thg.plan.nfe == 11
 
 

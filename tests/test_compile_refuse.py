@@ -13,7 +13,7 @@ import thg_engine
 from pipelines import CountRows, call, ddim, tiny
 from thg_engine import CFG, THG, Calibration, SamplingPlan
 from thg_engine.errors import CalibrationError, InvalidArgument
-from thg_engine.integrations.diffusers import hook
+from thg_engine.integrations.diffusers import slicing
 from thg_engine.integrations.diffusers.adapters import UNET_ARGUMENTS, find_record
 from thg_engine.integrations.diffusers.resolve import fingerprint
 from thg_engine.lowering import plan_from_solver
@@ -215,7 +215,7 @@ def test_report_before_and_after_a_call():
     pipe = thg_engine.compile(tiny())
     report = pipe.thg.report()
     assert "conservative default grid" in report and "no call yet" in report
-    assert "fused step: off" in report and "graphs: off" in report
+    assert "fused step: on where" in report and "graphs: off" in report
     preview = pipe.thg.plan
     assert (preview.num_rows, preview.nfe) == (50, 80)
     call(pipe)
@@ -299,22 +299,22 @@ def test_slices_of_every_batched_argument():
         "cross_attention_kwargs": {"scale": 0.5},
         "return_dict": False,
     }
-    half = hook.slice_half(named, record)
+    half = slicing.slice_half(named, record)
     assert torch.equal(half["sample"], pairs[2:])
     assert torch.equal(half["added_cond_kwargs"]["image_embeds"][1], pairs[2:] + 3)
     assert half["timestep"] is named["timestep"]
     assert half["cross_attention_kwargs"] == {"scale": 0.5} and half["return_dict"] is False
-    vector = hook.slice_half({**named, "timestep": torch.arange(4)}, record)["timestep"]
+    vector = slicing.slice_half({**named, "timestep": torch.arange(4)}, record)["timestep"]
     assert vector.tolist() == [2, 3]
     for name, value in {
         "encoder_hidden_states": pairs[:2],
         "timestep": torch.arange(3),
         "down_block_additional_residuals": (pairs,),
     }.items():
-        with pytest.raises(hook.CannotSlice, match=name):
-            hook.slice_half({**named, name: value}, record)
-    with pytest.raises(hook.CannotSlice, match="odd batch of 3"):
-        hook.slice_half({**named, "sample": pairs[:3]}, record)
+        with pytest.raises(slicing.CannotSlice, match=name):
+            slicing.slice_half({**named, name: value}, record)
+    with pytest.raises(slicing.CannotSlice, match="odd batch of 3"):
+        slicing.slice_half({**named, "sample": pairs[:3]}, record)
 
 
 def test_unknown_scheduler_is_placed_by_step_number_and_said_so():

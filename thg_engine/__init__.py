@@ -42,11 +42,12 @@ def compile(
     guidance: Guidance | SamplingPlan | str = "auto",
     calibration: Calibration | str | Path | None = None,
     nfe: int | float | None = None,
+    fused: bool | None = None,
 ) -> Any:
     """Accelerate a diffusers pipeline in place; see `thg_engine.integrations.diffusers.compile`."""
     from .integrations.diffusers import compile as compile_pipeline
 
-    return compile_pipeline(pipe, guidance, calibration, nfe)
+    return compile_pipeline(pipe, guidance, calibration, nfe, fused)
 
 
 def uncompile(pipe: Any) -> Any:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from thg_kernels.step_update import BranchRows, StepState, choose_backend, step_update
+from thg_kernels.step_update import BranchRows, StepState, step_update
 
 from .errors import InvalidArgument, ThgError
 from .packing import step_table

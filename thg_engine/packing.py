@@ -12,8 +12,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-import torch
-
 from thg_kernels.step_update import Column, StepTable, blank_rows
 
 from .plan import Row, SamplingPlan

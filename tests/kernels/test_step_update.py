@@ -1,273 +1,259 @@
-"""The reference step against the formulas of its docstring, in NumPy float64."""
+"""Every backend of the fused step against NumPy in float64; the bound stands in `step_rows`."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from math import nan
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-from thg_engine.plan import Row
-from thg_kernels.step_update import Registers, step_update
-
-SIZES = [(0,), (1,), (1025,), (2, 3, 5, 7), (1, 3, 2, 5, 3), (3, 1, 1, 129)]
-EMPTY = Row(0.0, 0.0)
-NAMES = {"X": "samples", "C": "conds", "D": "deltas", "E": "guided", "H": "hares"}
-
-
-def numpy_step(row, before, c, u, z, sign=-1.0):
-    """(x_next, registers after) for float64 arrays; sign +1 on absolute values bounds the terms."""
-
-    def total(weights, values):
-        chosen = [w * v for w, v in zip(weights, values, strict=False) if w != 0.0]
-        return sum(chosen, np.zeros_like(c))
-
-    after = {name: list(values) for name, values in before.items()}
-    after["C"] = [c, *after["C"]]
-    if row.evaluates_both:
-        after["D"] = [c + sign * u, *after["D"]]
-        delta = after["D"][0]
-    else:
-        changes = [c + sign * v for v in after["C"][1:]]
-        delta = total(row.delta_weights, after["D"]) + total(row.cond_change_weights, changes)
-    if row.hare_sample_update or row.hare_delta_update:
-        hare = total(row.hare_sample_update, after["H"]) + total(row.hare_delta_update, after["D"])
-        after["H"] = [hare, *after["H"]]
-    after["E"] = [c + row.guidance_weight * delta if row.guidance_weight else c, *after["E"]]
-    x = (
-        total(row.sample_weights, after["X"])
-        + total(row.guided_weights, after["E"])
-        + total(row.cond_weights, after["C"])
-        + total(row.step_delta_weights, after["D"])
-        + total(row.hare_weights, after["H"])
-    )
-    if row.noise_weight:
-        x = x + row.noise_weight * z
-    return x, after
-
-
-def magnitude(row, before, c, u, z):
-    """Sum of the absolute values of all terms: what rounding errors are relative to."""
-    columns = {
-        name: tuple(map(abs, value)) if isinstance(value, tuple) else value
-        for name, value in vars(row).items()
-    }
-    columns["guidance_weight"] = abs(row.guidance_weight)
-    columns["noise_weight"] = abs(row.noise_weight)
-    parts = [None if v is None else np.abs(v) for v in (c, u, z)]
-    sizes = {name: [np.abs(v) for v in values] for name, values in before.items()}
-    return numpy_step(Row(**columns), sizes, *parts, sign=1.0)[0]
-
-
-weights = st.lists(st.sampled_from([0.0, 0.0, 1.0, -0.5, 1.7, 0.03]), max_size=3).map(tuple)
-
-
-@st.composite
-def rows(draw):
-    return Row(
-        timestep=1.0,
-        lambda_t=0.0,
-        evaluates_both=draw(st.booleans()),
-        guidance_weight=draw(st.sampled_from([0.0, 6.5, -1.0, 0.3])),
-        delta_weights=draw(weights),
-        cond_change_weights=draw(weights),
-        sample_weights=draw(weights),
-        guided_weights=draw(weights),
-        cond_weights=draw(weights),
-        step_delta_weights=draw(weights),
-        hare_weights=draw(weights),
-        hare_sample_update=draw(weights),
-        hare_delta_update=draw(weights),
-        noise_weight=draw(st.sampled_from([0.0, 0.4])),
-    )
-
-
-def entries_read(row) -> set[tuple[str, int]]:
-    """(register, age before the step) of every stored entry that the formulas need."""
-    shift = {"X": 0, "C": 1, "E": 1, "D": int(row.evaluates_both)}
-    shift["H"] = int(bool(row.hare_sample_update or row.hare_delta_update))
-    columns = [
-        ("X", row.sample_weights, 0),
-        ("E", row.guided_weights, 1),
-        ("C", row.cond_weights, 1),
-        ("D", row.step_delta_weights, shift["D"]),
-        ("H", row.hare_weights, shift["H"]),
-        ("D", row.hare_delta_update, shift["D"]),
-        ("H", row.hare_sample_update, 0),
-    ]
-    if not row.evaluates_both and row.guidance_weight:
-        columns += [("D", row.delta_weights, 0), ("C", row.cond_change_weights, 0)]
-    return {
-        (name, age - moved)
-        for name, values, moved in columns
-        for age, weight in enumerate(values)
-        if weight != 0.0
-    }
-
-
-def problem(row, shape, seed, dtype, out_dtype):
-    """Registers (entries that must not be read are NaN) and outputs, as tensors and as float64."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(kind):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(kind)
-
-    read = entries_read(row)
-    stored = {
-        name: [
-            draw(dtype) if (name, age) in read else torch.full(shape, torch.nan, dtype=dtype)
-            for age in range(3)
-        ]
-        for name in NAMES
-    }
-    registers = Registers(
-        samples=list(stored["X"]),
-        depths=dict.fromkeys(NAMES, 4),
-        conds=list(stored["C"]),
-        deltas=list(stored["D"]),
-        guided=list(stored["E"]),
-        hares=list(stored["H"]),
-    )
-    cond = draw(out_dtype)
-    uncond = draw(out_dtype) if row.evaluates_both else None
-    noise = draw(dtype) if row.noise_weight else None
-    arrays = {name: [v.double().numpy() for v in values] for name, values in stored.items()}
-    outputs = [None if v is None else v.double().numpy() for v in (cond, uncond, noise)]
-    return registers, (cond, uncond, noise), arrays, outputs
-
-
-def check(row, shape, seed, dtype, out_dtype):
-    registers, tensors, arrays, outputs = problem(row, shape, seed, dtype, out_dtype)
-    kept = [None if v is None else v.clone() for v in tensors]
-    found = step_update(registers, row, *tensors)
-    expected, after = numpy_step(row, arrays, *outputs)
-    assert found.dtype == dtype and found.shape == shape
-    assert np.isfinite(expected).all()
-    # At most 16 terms, each of at most 4 roundings, and a sum.
-    bound = 24 * torch.finfo(dtype).eps * magnitude(row, arrays, *outputs)
-    assert (np.abs(found.double().numpy() - expected) <= bound).all()
-    after["X"] = [expected, *after["X"]]
-    for name, attribute in NAMES.items():
-        stack = getattr(registers, attribute)
-        assert len(stack) == min(4, len(after[name]))
-        for value, wanted in zip(stack, after[name], strict=False):
-            np.testing.assert_allclose(
-                value.double().numpy(), wanted, rtol=1e-4, atol=1e-4, equal_nan=True
-            )
-    assert registers.samples[0] is found
-    for value, copy in zip(tensors, kept, strict=True):
-        assert value is None or torch.equal(value, copy)
-
-
-@settings(deadline=None, max_examples=150)
-@given(rows(), st.integers(0, 10**6))
-def test_random_rows_in_float64(row, seed):
-    check(row, (2, 3), seed, torch.float64, torch.float64)
-
-
-@settings(deadline=None, max_examples=40)
-@given(rows(), st.integers(0, 10**6), st.sampled_from(SIZES))
-@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_random_rows_with_half_precision_outputs(out_dtype, row, seed, shape):
-    check(row, shape, seed, torch.float32, out_dtype)
-
-
-FULL = Row(
-    1.0,
-    0.0,
-    guidance_weight=6.5,
-    sample_weights=(0.9, 0.0, 0.1),
-    guided_weights=(-0.4, 0.2),
-    cond_weights=(0.3, 0.1),
-    step_delta_weights=(0.2, 0.7),
-    hare_weights=(1.0, 0.5),
-    hare_sample_update=(0.8,),
-    hare_delta_update=(0.6, 0.1),
-    noise_weight=0.25,
+from kernel_cases import (
+    BACKENDS,
+    LAYOUTS,
+    Backend,
+    make_noise,
+    make_output,
+    make_sample,
+    make_state,
+    prepare,
+    random_row,
+    random_table,
+    run_and_check,
+    step,
+    table_of,
 )
-HELD = replace(FULL, evaluates_both=False, delta_weights=(1.4, -0.4), cond_change_weights=(0.2,))
+from step_rows import Call, bits, check, expected, ulp
+
+from thg_kernels.step_update import BranchRows, Column, StepState, stack, step_update
+from thg_kernels.step_update.op import SMALL
+
+HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
+# (model output, model input, sample, noise)
+DTYPES = [
+    *((dtype, dtype, dtype, dtype) for dtype in (HALF, BRAIN, SINGLE)),
+    (HALF, SINGLE, BRAIN, SINGLE),
+    (SINGLE, HALF, DOUBLE, BRAIN),
+    (BRAIN, HALF, SINGLE, HALF),
+    (SINGLE, BRAIN, HALF, DOUBLE),
+]
+LATENTS = [
+    (0,),
+    (1,),
+    (1025,),
+    (257, 5),
+    (3, 7, 11),
+    (1, 1, 129, 1),
+    (4, 0, 3),
+    (3, 5, 7),
+    (2, 3, 5, 7),
+    (5, 3, 9, 1, 3),
+]
+MIXED = BranchRows((4, 1, 0), (2, 5, 3))
+"""Three samples whose branches lie in no order."""
 
 
-@pytest.mark.parametrize("shape", SIZES)
-@pytest.mark.parametrize("row", [FULL, HELD], ids=["fresh", "held"])
-@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32])
-def test_full_rows_of_every_size(row, shape, out_dtype):
-    check(row, shape, 11, torch.float32, out_dtype)
-
-
-@pytest.mark.parametrize("row", [FULL, HELD], ids=["fresh", "held"])
-def test_strided_inputs(row):
-    registers, tensors, arrays, outputs = problem(row, (4, 6, 5), 3, torch.float64, torch.float64)
-    strided = [None if v is None else v.mT.contiguous().mT for v in tensors]
-    assert not strided[0].is_contiguous()
-    found = step_update(registers, row, *strided)
-    expected, _ = numpy_step(row, arrays, *outputs)
-    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-12, atol=1e-12)
-
-
-def registers_of(depths, dtype=torch.float64):
-    return Registers([torch.ones(2, 2, dtype=dtype)], {**dict.fromkeys(NAMES, 0), **depths})
-
-
-def test_registers_keep_what_the_plan_reads():
-    registers = registers_of({"X": 2, "E": 3, "D": 1})
-    row = replace(EMPTY, guidance_weight=1.0, sample_weights=(1.0,), guided_weights=(1.0,))
-    outputs = [torch.full((2, 2), float(k), dtype=torch.float64) for k in range(6)]
-    for k in range(5):
-        step_update(registers, row, outputs[k + 1], outputs[k])
-    # E = c + (c - u) = c + 1; X grows by E.
-    assert [float(v[0, 0]) for v in registers.guided] == [6.0, 5.0, 4.0]
-    assert [float(v[0, 0]) for v in registers.samples] == [21.0, 15.0]
-    assert [len(v) for v in (registers.deltas, registers.conds, registers.hares)] == [1, 0, 0]
-
-
-def test_guided_output_is_kept_although_its_row_does_not_use_it():
-    """E_1 of a later row is the guided output of the row before, whatever that row's step read."""
-    registers = registers_of({"X": 1, "E": 2})
-    c, u = torch.full((2, 2), 3.0).double(), torch.full((2, 2), 1.0).double()
-    silent = replace(EMPTY, guidance_weight=0.5, sample_weights=(1.0,))
-    step_update(registers, silent, c, u)
-    reader = replace(silent, guided_weights=(0.0, 1.0), sample_weights=())
-    found = step_update(registers, reader, 2 * c, u)
-    assert torch.equal(found, c + 0.5 * (c - u))
-
-
-def test_rows_of_zeros_give_zeros():
-    registers = registers_of({"X": 1})
-    zeros = replace(EMPTY, sample_weights=(0.0,), hare_sample_update=(0.0,))
-    out = torch.ones(2, 2, dtype=torch.float64)
-    assert torch.equal(step_update(registers, zeros, out, out), torch.zeros_like(out))
-
-
-def test_registers_hold_copies_of_outputs():
-    registers = registers_of({"X": 1, "C": 2, "E": 2, "D": 1})
-    c, u = torch.ones(2, 2, dtype=torch.float64), torch.zeros(2, 2, dtype=torch.float64)
-    step_update(registers, replace(EMPTY, guided_weights=(1.0,)), c, u)
-    c.fill_(9.0), u.fill_(9.0)
-    for value in (registers.conds[0], registers.guided[0], registers.deltas[0]):
-        assert torch.equal(value, torch.ones_like(value))
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    request.param.require()
+    return request.param
 
 
 @pytest.mark.parametrize(
-    ("changes", "values", "message"),
-    [
-        ({}, {"uncond": None}, "no uncond for a row with evaluates_both=True"),
-        ({"evaluates_both": False}, {}, "uncond for a row with evaluates_both=False"),
-        ({"noise_weight": 0.5}, {}, "no noise for a row with noise_weight=0.5"),
-        ({}, {"cond": torch.ones(1, 2)}, r"cond of shape \(1, 2\): give \(2, 2\)"),
-        ({}, {"uncond": torch.ones(2)}, r"uncond of shape \(2,\): give \(2, 2\)"),
-        ({"noise_weight": 0.5}, {"noise": torch.ones(())}, r"noise of shape \(\)"),
-    ],
+    "dtypes", DTYPES, ids=lambda dtypes: "-".join(str(d).removeprefix("torch.") for d in dtypes)
 )
-def test_refusals_leave_the_registers_alone(changes, values, message):
-    registers = registers_of({"X": 1, "C": 1, "D": 1, "E": 1})
-    before = registers.samples[0]
-    row = replace(EMPTY, sample_weights=(1.0,), guided_weights=(1.0,), **changes)
-    arguments = {"cond": torch.ones(2, 2), "uncond": torch.ones(2, 2), "noise": None, **values}
-    with pytest.raises(ValueError, match=message):
-        step_update(registers, row, **arguments)
-    assert registers.samples == [before]
-    assert not (registers.conds or registers.deltas or registers.guided)
+def test_dtypes(backend: Backend, dtypes: tuple[torch.dtype, ...]) -> None:
+    output, model, sample, noise = dtypes
+    table = random_table(1, density=1.0)
+    state = make_state(table, (3, 7, 13), [0, 1, 2], backend, model_dtype=model, inputs=MIXED)
+    step(backend, state, MIXED, dtype=output, noise=noise, sample=sample)
+
+
+@pytest.mark.parametrize("latent", LATENTS, ids=str)
+@pytest.mark.parametrize("row", [0, 1])
+def test_sizes(backend: Backend, latent: tuple[int, ...], row: int) -> None:
+    table = random_table(2, num_slots=5)
+    both = BranchRows.both(2)
+    state = make_state(table, latent, row, backend, batch=2, model_dtype=HALF, inputs=both)
+    step(backend, state, both, dtype=HALF, sample=HALF)
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 3, 7, 8, 12])
+def test_numbers_of_slots(backend: Backend, num_slots: int) -> None:
+    table = random_table(num_slots, num_slots=num_slots)
+    state = make_state(table, (33,), [0, 1], backend, inputs=BranchRows.both(2))
+    step(backend, state, BranchRows.both(2))
+
+
+@pytest.mark.parametrize("shape", [(4, 7, 5), (4, 3, 7, 5), (2, 3, 2, 3, 5)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("like", ["contiguous", "channels_last"])
+def test_layouts(backend: Backend, shape: tuple[int, ...], layout: str, like: str) -> None:
+    if "channels_last" in (layout, like) and len(shape) == 5:
+        pytest.skip("channels_last is of 4 and 5 dimensions, batch included")
+    outputs = MIXED
+    x = LAYOUTS[like]((3, *shape), dtype=SINGLE)[0].normal_()
+    table = random_table(3, num_slots=4)
+    state = make_state(table, shape, [0, 1, 2], backend, x=x, model_dtype=HALF, inputs=MIXED)
+    assert state.model_input.stride()[1:] == x.to(HALF).stride()[1:]
+    step(backend, state, outputs, dtype=HALF, layout=layout, sample=None)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "every_second", "narrowed"])
+def test_layouts_of_sample_and_noise(backend: Backend, layout: str) -> None:
+    shape = (3, 4, 6, 5)
+    state = make_state(random_table(4), shape[1:], [0, 1, 4], backend, inputs=MIXED)
+    noise = LAYOUTS[layout](shape, dtype=SINGLE, device=backend.device)[0]
+    noise.copy_(make_noise(state, MIXED, SINGLE))
+    sample = LAYOUTS[layout](shape, dtype=HALF, device=backend.device)[0]
+    output = make_output(state, MIXED, SINGLE)
+    run_and_check(backend, state, output, MIXED, noise=noise, sample=sample)
+
+
+def test_samples_at_rows_of_their_own(backend: Backend) -> None:
+    """One launch: other plans, other rows, one sample without a branch, one at its end."""
+    tables = [random_table(k, num_rows=2 + k, num_slots=1 + k, density=0.5) for k in range(4)]
+    table, offsets = stack(tables)
+    rows = [offsets[0], offsets[1] + 1, offsets[2] + 3, offsets[3] + 5]
+    rows += [offsets[3] + 2, offsets[1] + tables[1].num_rows - 1]
+    outputs = BranchRows((3, 2, 8, 1, -1, 7), (5, -1, -1, -1, 0, 6))
+    inputs = BranchRows((0, -1, 9, 1, 2, 3), (4, 5, 6, -1, 7, 8))
+    state = make_state(table, (3, 43), rows, backend, model_dtype=BRAIN, inputs=inputs)
+    step(backend, state, outputs, dtype=BRAIN, sample=HALF)
+
+
+def test_without_optional_arguments(backend: Backend) -> None:
+    table = random_table(5, noise=False)
+    state = make_state(table, (37,), [0, 1, 2], backend)
+    step(backend, state, MIXED, noise=None, sample=None)
+
+
+def test_to_the_end_and_not_beyond(backend: Backend) -> None:
+    """Consecutive steps read what the ones before have stored; a finished sample rests."""
+    table = random_table(6, num_rows=5, num_slots=4, density=0.5)
+    both = BranchRows.both(3)
+    state = make_state(table, (4, 17), [0, 2, 5], backend, model_dtype=HALF, inputs=both)
+    for _ in range(6):
+        prepare(state, keep=True)
+        step(backend, state, both, dtype=HALF)
+    assert state.positions == [5, 5, 5]
+    result = state.registers[table.sample_slots[-1]]
+    assert (bits(state.samples()) == bits(result)).all()
+    assert not result[:2].isnan().any()
+
+
+def test_what_has_no_weight_is_not_read(backend: Backend) -> None:
+    """A row of both branches reads no slot for its delta; nor one for the sample, weight 0."""
+    rng = np.random.default_rng(7)
+    rows = [
+        random_row(rng, 4, both=both, density=1.0, noise=False, writes=[1, -1, -1, 2, 3])
+        for both in (True, False, True)
+    ]
+    table = table_of(rows)
+    table.weights("to_sample")[0, 3] = table.weights("to_state")[0, 3] = 0.0
+    table.rows[2, Column.FROM_STATE], table.rows[2, Column.SLOT_STATE] = 0.0, -1.0
+    table.weights("to_sample")[2, 3] = 0.0
+    state = make_state(table, (65,), [0, 1, 2], backend)
+    # Row 2 reads slot 3 for a state that it neither stores nor uses.
+    state.registers[3, 2] = nan
+    assert state.registers[3, 0].isnan().all()
+    assert not state.registers[3, 1].isnan().any()
+    step(backend, state, BranchRows.both(3), noise=None)
+
+
+def test_infinite_registers_stay_where_they_are(backend: Backend) -> None:
+    """0 times infinity is NaN: a register may be read for one result and not for another."""
+    row = random_row(np.random.default_rng(8), 3, both=False, density=1.0, noise=False)
+    row[Column.SLOT_SAMPLE : Column.SLOT_STATE + 1] = torch.tensor([1.0, -1, -1, -1, 2])
+    row[[Column.GUIDANCE, Column.FROM_DELTA, Column.FROM_STATE, Column.STATE_FROM_DELTA]] = 0.0
+    table = table_of([row])
+    table.weights("to_sample")[0] = torch.tensor([0.5, 0.25, 0.0])
+    table.weights("to_state")[0] = torch.tensor([0.5, 0.0, 0.25])
+    state = make_state(table, (65,), 0, backend, batch=1)
+    state.registers[2] = torch.inf
+    x = 0.5 * state.registers[0] + 0.25 * state.registers[1]
+    output = make_output(state, BranchRows.cond_only(1), SINGLE)
+    sample = make_sample(state)
+    step_update(state, output, BranchRows.cond_only(1), sample=sample, backend=backend.name)
+    from_outputs = (row[Column.FROM_GUIDED] + row[Column.FROM_COND]) * output[:1].double()
+    torch.testing.assert_close(sample.double(), x.double() + from_outputs)
+    assert state.registers[2].isinf().all()
+
+
+def test_no_samples(backend: Backend) -> None:
+    state = make_state(random_table(9), (3, 5), [], backend, inputs=BranchRows.both(0))
+    step(backend, state, BranchRows.both(0))
+    assert state.samples().shape == (0, 3, 5)
+
+
+def test_larger_blocks(backend: Backend) -> None:
+    """Enough elements for the larger block of the Triton kernel, and a ragged last one."""
+    table = random_table(10, num_slots=3)
+    latent, batch = (SMALL // 2 + 37,), 2
+    state = make_state(table, latent, [0, 1], backend, model_dtype=HALF, inputs=BranchRows.both(2))
+    assert batch * latent[0] > SMALL
+    step(backend, state, BranchRows.both(2), dtype=HALF, sample=None)
+
+
+def test_gradients_and_inference_mode(backend: Backend) -> None:
+    """A denoiser may run outside of no_grad, or inside inference mode."""
+    state = make_state(random_table(11, noise=False), (19,), 0, backend, batch=2)
+    both = BranchRows.both(2)
+    output = make_output(state, both, SINGLE).requires_grad_()
+    run_and_check(backend, state, output, both)
+    assert not state.registers.requires_grad
+    prepare(state, keep=True)
+    with torch.inference_mode():
+        run_and_check(backend, state, make_output(state, both, SINGLE), both)
+    state.set_samples(torch.zeros(2, 19, device=backend.device))
+
+
+def test_float64_registers_are_exact_to_float64() -> None:
+    """The reference keeps float64 throughout: the bound is that of float64."""
+    reference = Backend("reference", "cpu")
+    options = dict(register_dtype=DOUBLE, model_dtype=DOUBLE, inputs=MIXED)
+    state = make_state(random_table(12), (3, 43), [0, 1, 2], reference, **options)
+    assert state.registers.dtype == state.device_table.dtype == state.model_input.dtype == DOUBLE
+    step(reference, state, MIXED, dtype=DOUBLE, noise=DOUBLE, sample=DOUBLE)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_more_than_two_to_the_31_elements(name: str) -> None:
+    """Offsets have 64 bits; torch in float32 is held against, piece by piece."""
+    backend = Backend(name, "cuda")
+    backend.require()
+    if torch.cuda.mem_get_info()[0] < 36 << 30:
+        pytest.skip("needs 36 GB of free GPU memory")
+    numel = 2**31 + 1025
+    row = random_row(np.random.default_rng(13), 2, both=False, noise=False, density=0.0)
+    row[Column.SLOT_SAMPLE : Column.SLOT_STATE + 1] = torch.tensor([1.0, -1, -1, -1, -1])
+    row[Column.FROM_COND] = 0.25
+    table = table_of([row])
+    table.weights("to_sample")[0, 0] = 0.5
+    x = torch.arange(numel, dtype=torch.int32, device="cuda").remainder_(1021).half().unsqueeze(0)
+    state = StepState(table, x, inputs=BranchRows.cond_only(1))
+    state.registers[1].fill_(nan)
+    step_update(state, x, BranchRows.cond_only(1), backend=name)
+    for begin in range(0, numel, 1 << 28):
+        part = x[0, begin : begin + (1 << 28)].float() * 0.75
+        assert torch.equal(state.registers[1, 0, begin : begin + (1 << 28)], part)
+        wanted = (table.rows[1, Column.INPUT_SCALE].item() * part).half()
+        assert torch.equal(state.model_input[0, begin : begin + (1 << 28)], wanted)
+
+
+def test_the_bound_has_teeth() -> None:
+    """Two units in the last place more than torch is off by, and the check fails."""
+    backend = Backend("reference", "cpu")
+    state = make_state(random_table(14, noise=False), (600,), 0, backend, batch=1)
+    output = make_output(state, BranchRows.both(1), SINGLE)
+    call = Call.of(state, output, BranchRows.both(1))
+    before = call.copy()
+    step_update(state, output, BranchRows.both(1), backend="reference")
+    slot = state.table.sample_slots[1]
+    check(before, call)
+    wanted = expected(before)["registers"]
+    call.registers[slot, 0, 7] += 1.5 * wanted.bound[slot, 0, 7]
+    with pytest.raises(AssertionError, match="registers: 1 wrong"):
+        check(before, call)
+    unit = ulp(np.abs(wanted.value[slot, 0]), torch.float32)
+    assert np.median(wanted.bound[slot, 0] / unit) < 32, "the bound is a few ulps"

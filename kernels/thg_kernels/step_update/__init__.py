@@ -143,6 +143,8 @@ def _layout(shape: Sequence[int], strides: Sequence[int]) -> tuple[int, ...] | N
 
     None where more than three are left; no pipeline produces that.
     """
+    if 0 in shape:
+        return op.FLAT  # nothing to find, and no division by a size of 0
     merged: list[tuple[int, int]] = []
     for size, stride in zip(shape, strides, strict=True):
         if size == 1:
@@ -167,6 +169,8 @@ def _check_call(
     sample: Tensor | None,
 ) -> list[int]:
     """Refuse what no backend may be launched with; returns the samples that will move on."""
+    if not isinstance(outputs, BranchRows):
+        raise InvalidInput("outputs", type(outputs).__name__, "give BranchRows.")
     _check_tensor("model_output", model_output, state, rows=None)
     if model_output.dtype not in MODEL_DTYPES:
         raise InvalidInput("model_output", model_output.dtype, "use float16, bfloat16 or float32.")
@@ -183,14 +187,15 @@ def _check_call(
         for b in active:
             if state.table.rows[state.positions[b], Column.NOISE] != 0:
                 raise InvalidInput("noise", None, f"row {state.positions[b]} adds noise: give it.")
-    written = [state.registers, *(t for t in (sample, state.model_input) if t is not None)]
-    _check_overlap(written, {"model_output": model_output, "noise": noise, "sample": sample})
+    _check_overlap(state, {"model_output": model_output, "noise": noise, "sample": sample})
     return active
 
 
 def _check_tensor(name: str, value: Tensor, state: StepState, rows: int | None) -> None:
     if not isinstance(value, Tensor):
         raise InvalidInput(name, type(value).__name__, "give a tensor.")
+    if value.layout is not torch.strided or value.is_nested:
+        raise InvalidInput(name, str(value.layout), "give a dense tensor.")
     if value.device != state.device:
         raise InvalidInput(name, str(value.device), f"the state is on {state.device}.")
     if tuple(value.shape[1:]) != state.latent or (rows is not None and value.shape[0] != rows):
@@ -200,23 +205,29 @@ def _check_tensor(name: str, value: Tensor, state: StepState, rows: int | None) 
         raise InvalidInput(name, value.dtype, "give a floating-point tensor.")
 
 
-def _check_overlap(written: Sequence[Tensor], given: dict[str, Tensor | None]) -> None:
-    """Refuse tensors that share memory with what the step writes."""
+def _check_overlap(state: StepState, given: dict[str, Tensor | None]) -> None:
+    """Refuse tensors that share memory with the state, or with the sample that the step writes."""
+    buffers = [state.registers, state.cursor, state.device_table, state.model_input, state.timestep]
     for name, value in given.items():
         if value is None or not value.numel():
             continue
         if name == "sample" and _folded(value):
-            remedy = "its elements share memory (an expanded tensor): give a dense one."
+            remedy = "its elements may share memory (an expanded tensor): give a dense one."
             raise InvalidInput(name, value.stride(), remedy)
-        for target in written:
-            if target is not value and target.numel() and _share(value, target):
+        for target in buffers if name == "sample" else [*buffers, given["sample"]]:
+            if target is not None and target.numel() and _share(value, target):
                 remedy = "it shares memory with what the step writes: give a copy."
                 raise InvalidInput(name, f"<at {value.data_ptr():#x}>", remedy)
 
 
 def _folded(value: Tensor) -> bool:
-    """Whether some stride makes two elements one."""
-    return any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride()))
+    """Whether two elements may be one: a stride within the reach of the smaller ones."""
+    reach = 0
+    for stride, size in sorted(zip(value.stride(), value.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
 
 
 def _share(a: Tensor, b: Tensor) -> bool:

@@ -29,6 +29,8 @@ class BranchRows:
     def __post_init__(self) -> None:
         for name in ("cond", "uncond"):
             rows: Sequence[int] = getattr(self, name)
+            if not isinstance(rows, Sequence):
+                raise InvalidInput(name, rows, "give one row number per sample.")
             for row in rows:
                 if isinstance(row, bool) or not isinstance(row, int) or row < -1:
                     raise InvalidInput(name, row, "give row numbers from 0, or -1 for none.")
@@ -65,5 +67,5 @@ class BranchRows:
         """int32, shape ``(2, B)``: cond, uncond; made once per device."""
         if device not in self._tensors:
             rows = [self.cond, self.uncond]
-            self._tensors[device] = torch.tensor(rows, dtype=torch.int32).to(device)
+            self._tensors[device] = torch.tensor(rows, dtype=torch.int32, device=device)
         return self._tensors[device]

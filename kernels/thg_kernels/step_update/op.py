@@ -29,6 +29,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.util import find_spec
+from math import prod
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ def triton_backend() -> Backend:
         layout: Sequence[int],
     ) -> None:
         num_slots, batch = registers.shape[:2]
-        numel = registers[0, 0].numel()
+        numel = prod(registers.shape[2:])
         block, warps = BLOCKS["small" if batch * numel < SMALL else "large"]
         # At least one program, so that cursors move on also where there are no elements.
         blocks = max(1, (numel + block - 1) // block)

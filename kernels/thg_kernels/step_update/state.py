@@ -66,14 +66,14 @@ class StepState:
         shape = (self.table.num_slots, self.batch, *ordered)
         self.registers = torch.full(shape, torch.nan, dtype=register_dtype, device=device)
         self.device_table = self.table.rows.to(device, register_dtype)
-        self.cursor = torch.tensor([self.positions, [0] * self.batch], dtype=torch.int32)
-        self.cursor = self.cursor.to(device)
+        counters = [self.positions, [0] * self.batch]
+        self.cursor = torch.tensor(counters, dtype=torch.int32, device=device)
         if self.inputs is None:
             return
         shape = (self.inputs.num_rows, *ordered)
         buffer = torch.zeros(shape, dtype=self.model_dtype, device=device)
         self.model_input = self.logical(buffer)
-        self.timestep = torch.zeros(self.inputs.num_rows, device=device)
+        self.timestep = torch.zeros(self.inputs.num_rows, dtype=torch.float32, device=device)
 
     @property
     def device(self) -> torch.device:
@@ -95,12 +95,15 @@ class StepState:
         A view of the registers where all samples share a row, else a copy.
         """
         slots = [self.table.sample_slots[row] for row in self.positions]
-        if len(set(slots)) == 1:
-            return self.logical(self.registers[slots[0]])
+        if len(set(slots)) <= 1:
+            return self.logical(self.registers[slots[0] if slots else 0])
         return self.logical(torch.stack([self.registers[s, b] for b, s in enumerate(slots)]))
 
     def set_samples(self, x: Tensor) -> None:
         """Replace the current samples by ``x``, shape ``(B, *latent)``, and their model input."""
+        if tuple(x.shape) != (self.batch, *self.latent):
+            remedy = f"give shape {(self.batch, *self.latent)}."
+            raise InvalidInput("x", tuple(x.shape), remedy)
         x = self.ordered(x.detach())
         for b, row in enumerate(self.positions):
             self.registers[self.table.sample_slots[row], b].copy_(x[b])
@@ -125,7 +128,19 @@ class StepState:
     def seek(self, rows: int | Sequence[int]) -> None:
         """Put the cursors at ``rows``; registers stay as they are."""
         self.positions = _check_rows(rows, self.batch, self.table)
-        self.cursor[0].copy_(torch.tensor(self.positions, dtype=torch.int32))
+        self.cursor[0].copy_(torch.tensor(self.positions, dtype=torch.int32, device="cpu"))
+
+    def replace_table(self, table: StepTable) -> None:
+        """Other numbers for the rows to come, on host and device; slots and rows must be as many.
+
+        Raises:
+            InvalidInput: the table has another shape or uses what the kernels were not made for.
+        """
+        if table.rows.shape != self.table.rows.shape:
+            remedy = f"give a table of shape {tuple(self.table.rows.shape)}."
+            raise InvalidInput("table", tuple(table.rows.shape), remedy)
+        self.table, self.uses = table, self.uses | table.uses
+        self.device_table.copy_(table.rows)
 
     def active(self, outputs: BranchRows) -> list[int]:
         """Samples that a step with these outputs moves on.
@@ -156,6 +171,8 @@ def _memory_order(x: Tensor) -> tuple[int, ...]:
 
 
 def _check_rows(rows: int | Sequence[int], batch: int, table: StepTable) -> list[int]:
+    if not isinstance(rows, int | Sequence):
+        raise InvalidInput("rows", rows, "give one row number or a sequence of them.")
     positions = [rows] * batch if isinstance(rows, int) else list(rows)
     if len(positions) != batch:
         raise InvalidInput("rows", rows, f"give one row for each of the {batch} samples.")
@@ -182,6 +199,8 @@ def _check_state(
         raise InvalidInput("register_dtype", register_dtype, "use float32 (or float64).")
     if model_dtype not in MODEL_DTYPES:
         raise InvalidInput("model_dtype", model_dtype, "use float16, bfloat16 or float32.")
+    if inputs is not None and not isinstance(inputs, BranchRows):
+        raise InvalidInput("inputs", type(inputs).__name__, "give BranchRows.")
     if inputs is not None and inputs.batch != x.shape[0]:
         remedy = f"give the rows of all {x.shape[0]} samples."
         raise InvalidInput("inputs", inputs, remedy)

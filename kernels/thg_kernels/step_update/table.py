@@ -90,6 +90,8 @@ class StepTable:
 
     def __post_init__(self) -> None:
         rows = self.rows
+        if not isinstance(rows, Tensor):
+            raise InvalidInput("rows", type(rows).__name__, "give a float64 matrix on the CPU.")
         if rows.ndim != 2 or rows.dtype != torch.float64 or rows.device.type != "cpu":
             found = f"{rows.dtype} {tuple(rows.shape)} on {rows.device}"
             raise InvalidInput("rows", found, "give a float64 matrix on the CPU.")
@@ -102,7 +104,7 @@ class StepTable:
             remedy = f"give one slot for each of the {len(rows)} rows."
             raise InvalidInput("sample_slots", self.sample_slots, remedy)
         for slot in self.sample_slots:
-            if not 0 <= slot < self.num_slots:
+            if not isinstance(slot, int) or not 0 <= slot < self.num_slots:
                 raise InvalidInput("sample_slots", slot, f"there are {self.num_slots} slots.")
 
     @property
@@ -170,7 +172,7 @@ class StepTable:
 
 def blank_rows(num_rows: int, num_slots: int) -> Tensor:
     """Rows that do nothing: inactive, every weight 0, every SLOT_* -1; float64 on the CPU."""
-    rows = torch.zeros(num_rows, HEAD + 4 * num_slots, dtype=torch.float64)
+    rows = torch.zeros(num_rows, HEAD + 4 * num_slots, dtype=torch.float64, device="cpu")
     rows[:, Column.SLOT_SAMPLE : Column.SLOT_STATE + 1] = -1
     return rows
 
@@ -182,7 +184,7 @@ def stack(tables: Sequence[StepTable]) -> tuple[StepTable, tuple[int, ...]]:
     num_slots = max(table.num_slots for table in tables)
     parts, offsets, slots = [], [], []
     for table in tables:
-        wide = torch.zeros(table.num_rows, HEAD + 4 * num_slots, dtype=torch.float64)
+        wide = blank_rows(table.num_rows, num_slots)
         wide[:, :HEAD] = table.rows[:, :HEAD]
         for k, name in enumerate(WEIGHTS):
             begin = HEAD + k * num_slots

@@ -93,16 +93,17 @@ def step_update_kernel(
         for s in tl.static_range(SLOTS):
             to_sample, to_state = tl.load(weights + s), tl.load(weights + SLOTS + s)
             to_delta, to_change = tl.load(weights + 2 * SLOTS + s), tl.load(weights + 3 * SLOTS + s)
-            used = (to_sample != 0.0) | (to_state != 0.0) | (to_delta != 0.0) | (to_change != 0.0)
+            used = (to_sample != 0.0) | (to_state != 0.0)
+            used = used | ((to_delta != 0.0) | (to_change != 0.0)) & (both == 0)
             value = tl.load(slot + offsets, _below(offsets, numel, used), other=0.0)
             slot += slot_stride
-            x_next += to_sample * value
+            x_next += _term(to_sample, value)
             if USES & 1:
-                delta += to_delta * value
+                delta += _term(to_delta, value)
             if USES & 2:
                 delta += _term(to_change, cond - value)
             if USES & 4:
-                state += to_state * value
+                state += _term(to_state, value)
         delta = tl.where(both, cond - uncond, delta)
         guided = cond + _term(tl.load(row + 4), delta)
         x_next += _term(tl.load(row + 5), guided) + _term(tl.load(row + 6), cond)

@@ -11,7 +11,7 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from . import hook
-from .hook import PipelineRun
+from .run import PipelineRun
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 ADAPTER_STATE = ("scale", "scaling", "_active_adapter", "_disable_adapters", "merged_adapters")

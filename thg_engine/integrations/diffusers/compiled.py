@@ -57,6 +57,7 @@ def compile(
     guidance: Guidance | SamplingPlan | str = "auto",
     calibration: Calibration | str | Path | None = None,
     nfe: int | float | None = None,
+    fused: bool | None = None,
 ) -> Any:
     """Accelerate a diffusers pipeline in place.
 
@@ -68,6 +69,9 @@ def compile(
             finished `SamplingPlan`.
         calibration: error curves from ``thg_engine.calibrate``, or their file.
         nfe: evaluation budget per sample: a count (int) or a share of full guidance (float).
+        fused: whether ``scheduler.step`` becomes one fused launch where the scheduler is linear;
+            equal to its own step but for rounding. None: yes, unless the plan always evaluates both
+            branches, which then stays bit-identical to the plain pipeline.
 
     Returns:
         The same object; ``pipe.thg`` has ``report()``, ``plan``, ``stats()``.
@@ -80,7 +84,9 @@ def compile(
     if isinstance(pipe, type) or not hasattr(pipe, "components") or not callable(pipe):
         remedy = "give a loaded pipeline, e.g. StableDiffusionPipeline.from_pretrained(...)."
         raise InvalidArgument("pipe", getattr(pipe, "__name__", type(pipe).__name__), remedy)
-    return compile_with(pipe, Settings(guidance, load_calibration(calibration), nfe))
+    if fused not in (None, True, False):
+        raise InvalidArgument("fused", fused, "give True, False or None.")
+    return compile_with(pipe, Settings(guidance, load_calibration(calibration), nfe, fused))
 
 
 def compile_with(pipe: Any, settings: Settings) -> Any:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,11 +17,13 @@ from ...errors import InvalidArgument, ThgError
 from ...guidance import Guidance, GuidanceRow
 from ...lowering import guidance_rows, plan_from_timesteps
 from ...plan import SamplingPlan
-from ...schedule import grid_points, model_timesteps
+from ...schedule import model_timesteps
 from . import hook
 from .adapters import AdapterRecord
-from .hook import PipelineRun
+from .planning import ChosenRows, fused_plan, noise_levels
 from .resolve import resolve_guidance
+from .run import PipelineRun
+from .stepping import stepping
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,7 @@ class Settings:
     guidance: Guidance | SamplingPlan | str = "auto"
     calibration: Calibration | None = None
     nfe: int | float | None = None
+    fused: bool | None = None
 
 
 class Controller:
@@ -114,14 +118,14 @@ class Controller:
         """Counters since `compile`, and of the last call.
 
         Keys: ``runs``, ``failed_runs``, ``evaluations`` (all runs, per sample), ``refreshes``,
-        ``last_nfe``, ``last_rows``, ``fallbacks`` (reason -> runs).
+        ``fused_steps``, ``last_nfe``, ``last_rows``, ``fallbacks`` (reason -> runs).
         """
         reasons = {
             key.removeprefix("fallback: "): count
             for key, count in self._counts.items()
             if key.startswith("fallback: ")
         }
-        names = ("runs", "failed_runs", "evaluations", "refreshes")
+        names = ("runs", "failed_runs", "evaluations", "refreshes", "fused_steps")
         last = self._last
         return {
             **{name: self._counts[name] for name in names},
@@ -138,13 +142,24 @@ class Controller:
         lines = [f"thg_engine: guidance {method}", *(f"  {note}" for note in self.notes)]
         lines += self._last_lines()
         lines += [
-            "  guidance hook: on; held delta goes through the pipeline's own scheduler, one state",
-            "  fused step: off, this release has no fused kernel",
+            "  guidance hook: on; one state for tortoise and hare (exact for first-order solvers)",
+            self._step_line(),
             "  graphs: off, this release captures none",
         ]
         fallbacks = self.stats()["fallbacks"]
         lines += [f"  full guidance in {n} call(s): {why}" for why, n in fallbacks.items()]
         return "\n".join(lines)
+
+    def _step_line(self) -> str:
+        """Who steps."""
+        run = self._last
+        if self.settings.fused is False:
+            return "  fused step: off, as asked for"
+        if run is None or run.plan is None:
+            return "  fused step: on where the scheduler's step is linear"
+        if run.unfused:
+            return f"  fused step: off; {run.unfused}"
+        return f"  fused step: {run.fused_steps} row(s) on the {run.backend} backend"
 
     def _last_lines(self) -> list[str]:
         """The last call in the report."""
@@ -174,11 +189,19 @@ class Controller:
         if self.record is None or module is None:
             raise ThgError(f"{type(pipe).__name__} has lost its denoiser; compile it again.")
         self._follow(module)
-        run = PipelineRun(pipe, module, self.record, lambda: self._plan_of_call(pipe))
+        wanted = self.settings.fused is not False
+        run = PipelineRun(
+            pipe,
+            module,
+            self.record,
+            lambda: self._plan_of_call(pipe),
+            partial(self._fuse, pipe) if wanted else None,
+        )
         token = hook.activate(run)
         self._counts["runs"] += 1
         try:
-            yield run
+            with stepping(pipe.scheduler) if wanted else nullcontext():
+                yield run
         except BaseException:
             self._counts["failed_runs"] += 1
             raise
@@ -186,6 +209,7 @@ class Controller:
             hook.deactivate(token)
             run.finish()
             self._last = run
+            self._counts["fused_steps"] += run.fused_steps
             self._counts["evaluations"] += run.nfe
             self._counts["refreshes"] += run.refreshes
             self._counts.update(f"fallback: {reason}" for reason in run.fallbacks)
@@ -203,6 +227,22 @@ class Controller:
         """Rows and plan of the call in progress: the timesteps are set, truncation is known."""
         return self._plan(pipe.scheduler, pipe.num_timesteps, pipe.guidance_scale)
 
+    def _fuse(
+        self, pipe: Any, rows: tuple[GuidanceRow, ...], step_kwargs: dict[str, Any]
+    ) -> SamplingPlan | str:
+        """The call's plan with solver columns, or why it has none."""
+        full = all(row.evaluates_both and row.boost == 1.0 for row in rows)
+        if full and self.settings.fused is None:
+            return "full guidance leaves the scheduler alone, so that images are bit-identical"
+        name = "none" if self.guidance is None else self.guidance.name
+        return fused_plan(
+            pipe.scheduler,
+            pipe.num_timesteps,
+            ChosenRows(name, rows),
+            pipe.guidance_scale,
+            step_kwargs,
+        )
+
     def _plan(
         self, scheduler: Any, num_rows: int, guidance_scale: float
     ) -> tuple[tuple[GuidanceRow, ...], SamplingPlan]:
@@ -211,19 +251,8 @@ class Controller:
             raise ThgError(f"there is no plan: {self.inactive}.")
         # img2img and inpainting run the last rows only.
         timesteps = [float(t) for t in model_timesteps(scheduler)][-num_rows:]
-        lambdas, notes = _noise_levels(scheduler, num_rows)
+        lambdas, notes = noise_levels(scheduler, num_rows)
         rows = guidance_rows(guidance, lambdas, guidance_scale)
         name = type(scheduler).__name__
         plan = plan_from_timesteps(timesteps, lambdas, guidance, guidance_scale, name, notes)
         return rows, plan
-
-
-def _noise_levels(scheduler: Any, num_rows: int) -> tuple[Sequence[float], tuple[str, ...]]:
-    """Half log-SNR of the last ``num_rows`` rows, by step number where nobody knows it."""
-    try:
-        points = grid_points(scheduler)[:-1]
-    except (AttributeError, IndexError, TypeError, ValueError):  # a scheduler of another kind
-        name = type(scheduler).__name__
-        note = f"the noise level of {name} is unknown: grid placed by step number"
-        return [-3.0 + 6.0 * i / num_rows for i in range(num_rows)], (note,)
-    return [point.lambda_t for point in points][-num_rows:], ()

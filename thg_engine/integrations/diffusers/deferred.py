@@ -1,0 +1,151 @@
+"""The denoiser's answer before guidance has been formed: a tensor that waits to see what for.
+
+Pipelines form ``u + w (c - u)`` by three small kernels and hand the result to ``scheduler.step``.
+The fused step does that itself, so it needs c and u, and w as the pipeline used it. A `BranchSum`
+follows the pipeline's arithmetic on paper: ``chunk(2)`` gives the branches, sums and multiples of
+them stay symbolic. Anything else (a rescaling, a norm, a print) turns it into the very tensor that
+the pipeline would have had, by the same operations in the same order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+_METADATA = {
+    getter.__get__
+    for getter in (Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.requires_grad)
+}
+_QUESTIONS = {Tensor.size, Tensor.dim, Tensor.is_floating_point, Tensor.ndimension, Tensor.numel}
+_CHUNKS = {torch.chunk, Tensor.chunk}
+_ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__}
+_SUBTRACT = {torch.sub, Tensor.sub, Tensor.__sub__}
+_MULTIPLY = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
+Weights = tuple[float, float]
+
+
+class BranchSum(Tensor):
+    """``weights[0] * uncond + weights[1] * cond`` of one denoiser call, or the pair of them.
+
+    Attributes:
+        source: identifies the call; branches of different calls do not mix.
+        weights: None for the pair, whose batch holds both branches.
+        cond_half: which half of the pair is the conditional one.
+    """
+
+    source: object
+    weights: Weights | None
+    cond_half: int
+    _make: Callable[[], Tensor] | None
+    _value: Tensor | None
+
+    @staticmethod
+    def __new__(
+        cls: type[BranchSum],
+        shape: torch.Size,
+        like: Tensor,
+        source: object,
+        weights: Weights | None,
+        cond_half: int,
+        make: Callable[[], Tensor],
+    ) -> BranchSum:
+        """A sum or pair of ``shape``, dtype and device of ``like``; ``make`` computes its value."""
+        made: BranchSum = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+            cls, shape, dtype=like.dtype, device=like.device
+        )
+        made.source, made.weights, made.cond_half = source, weights, cond_half
+        made._make, made._value = make, None
+        return made
+
+    def value(self) -> Tensor:
+        """The tensor itself, computed once."""
+        if self._value is None and self._make is not None:
+            self._value, self._make = self._make(), None
+        if self._value is None:
+            raise RuntimeError("a BranchSum without value: its computation raised before.")
+        return self._value
+
+    @property
+    def guidance_scale(self) -> float | None:
+        """w if this is u + w (c - u); None if it is another sum, or the pair."""
+        if self.weights is None:
+            return None
+        uncond, cond = self.weights
+        return cond if math.isclose(uncond + cond, 1.0, abs_tol=1e-6) else None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Stay on paper where that is possible, else compute."""
+        kwargs = kwargs or {}
+        if func in _METADATA or func in _QUESTIONS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        symbolic = None if kwargs else _symbolic(func, args)
+        if symbolic is not None:
+            return symbolic
+        args, kwargs = pytree.tree_map_only(BranchSum, BranchSum.value, (args, kwargs))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Below the level of functions there is only the value (a C++ caller, say)."""
+        args, kwargs = pytree.tree_map_only(BranchSum, BranchSum.value, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _symbolic(func: Any, args: tuple[Any, ...]) -> Any:
+    """The result of ``func`` as sums, None where it is not one."""
+    if func in _CHUNKS:
+        return _halves(*args) if args[1:] == (2,) else None
+    if len(args) != 2:
+        return None
+    a, b = args
+    if func in _MULTIPLY:
+        term, factor = (a, b) if isinstance(a, BranchSum) else (b, a)
+        if _is_sum(term) and _is_number(factor):
+            return _combined(func, args, term, (factor * term.weights[0], factor * term.weights[1]))
+        return None
+    sign = 1.0 if func in _ADD else -1.0 if func in _SUBTRACT else 0.0
+    if not sign or not (_is_sum(a) and _is_sum(b)) or a.source is not b.source:
+        return None
+    total = (a.weights[0] + sign * b.weights[0], a.weights[1] + sign * b.weights[1])
+    return _combined(func, args, a, total)
+
+
+def _halves(pair: BranchSum, chunks: int) -> tuple[BranchSum, ...] | None:
+    if pair.weights is not None:
+        return None
+    shape = torch.Size((pair.shape[0] // 2, *pair.shape[1:]))
+
+    def half(k: int) -> BranchSum:
+        weights = (0.0, 1.0) if k == pair.cond_half else (1.0, 0.0)
+        make = lambda: pair.value().chunk(2)[k]  # noqa: E731
+        return BranchSum(shape, pair, pair.source, weights, pair.cond_half, make)
+
+    return half(0), half(1)
+
+
+def _combined(func: Any, args: tuple[Any, ...], like: BranchSum, weights: Weights) -> BranchSum:
+    def make() -> Tensor:
+        plain = pytree.tree_map_only(BranchSum, BranchSum.value, args)
+        result: Tensor = func(*plain)
+        return result
+
+    return BranchSum(like.shape, like, like.source, weights, like.cond_half, make)
+
+
+def _is_sum(value: Any) -> bool:
+    return isinstance(value, BranchSum) and value.weights is not None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

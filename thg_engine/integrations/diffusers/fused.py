@@ -1,0 +1,172 @@
+"""``scheduler.step`` as one launch: the traced scheduler's row in place of its own code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from thg_kernels.step_update import (
+    BranchRows,
+    Column,
+    StepState,
+    StepTable,
+    choose_backend,
+    step_update,
+)
+
+from ...guidance import GuidanceRow
+from ...packing import step_table
+from ...plan import SamplingPlan
+from .deferred import BranchSum
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """One denoiser call of the run, as a `BranchSum` refers to it.
+
+    Attributes:
+        row: index of the model call.
+        guidance: what the plan says about it; ``evaluates_both`` as it was in fact evaluated.
+        values: the denoiser's rows.
+        branches: which of them are which.
+    """
+
+    row: int
+    guidance: GuidanceRow
+    values: Tensor
+    branches: BranchRows
+
+
+class FusedStep:
+    """The solver of one run on the device.
+
+    Args:
+        plan: solver and guidance columns of the run.
+        x: the sample of the first row, shape ``(B, *latent)``.
+        model_dtype: of the denoiser's output.
+        guides: whether guidance is formed by the row; if not, rows are given guided outputs.
+    """
+
+    def __init__(
+        self, plan: SamplingPlan, x: Tensor, model_dtype: torch.dtype, guides: bool
+    ) -> None:
+        self.plan, self.guides = plan, guides
+        table = step_table(plan if guides else _unguided(plan))
+        wide = torch.float64 in (x.dtype, model_dtype)
+        registers = torch.float64 if wide else torch.float32
+        self.state = StepState(table, x, model_dtype=model_dtype, register_dtype=registers)
+        self.backend = choose_backend(x.device, wide)
+        self._delta_slots = table.rows[:, Column.SLOT_DELTA]  # as planned, before any patch
+        self._valid: set[int] = set()
+        self._last, self._version = x, 0 if x.is_inference() else x._version
+
+    @property
+    def row(self) -> int:
+        """The next row."""
+        return self.state.positions[0] if self.state.positions else 0
+
+    @property
+    def done(self) -> bool:
+        """Whether the rows are used up."""
+        return self.row >= self.plan.num_rows
+
+    def invalidate(self) -> None:
+        """Held deltas and outputs are stale from now on."""
+        self._valid.clear()
+
+    def is_short(self, row: int) -> bool:
+        """Whether the delta of ``row`` would read what has not been written, or is stale."""
+        table = self.state.table
+        reads = (table.weights("to_delta")[row] != 0) | (table.weights("to_change")[row] != 0)
+        return any(slot not in self._valid for slot in reads.nonzero().flatten().tolist())
+
+    def held(self, row: int, cond: Tensor) -> Tensor:
+        """Delta of ``row`` in torch, for a host that wants the tensor: float32, shape of cond."""
+        table, registers = self.state.table, self.state.registers
+        delta = torch.zeros_like(cond, dtype=torch.float32)
+        for name in ("to_delta", "to_change"):
+            for slot, weight in enumerate(table.weights(name)[row].tolist()):
+                if weight != 0.0:
+                    past = self.state.logical(registers[slot])
+                    value = past if name == "to_delta" else cond.float() - past
+                    delta = delta + weight * value
+        return delta
+
+    def step(self, output: Tensor, sample: Tensor) -> Tensor:
+        """Run the next row; returns the next sample, in the dtype of the denoiser's output."""
+        self._take(sample)
+        scale = output.guidance_scale if isinstance(output, BranchSum) else None
+        source = output.source if isinstance(output, BranchSum) else None
+        if self.guides and scale is not None and isinstance(source, Outputs):
+            values, branches = source.values, source.branches
+            self._rescale(scale, source)
+        else:
+            values = output.value() if isinstance(output, BranchSum) else output
+            branches = BranchRows.cond_only(self.state.batch)
+            if self.guides:
+                self._patch(evaluates_both=False, weight=0.0)
+        row = self.row
+        following = torch.empty_like(sample, dtype=values.dtype)
+        step_update(self.state, values, branches, sample=following, backend=self.backend)
+        self._note_writes(row)
+        self._last = following
+        self._version = 0 if following.is_inference() else following._version
+        return following
+
+    def _take(self, sample: Tensor) -> None:
+        """Load the sample if it is not the one that the last row returned, as it was returned.
+
+        Tensors of inference mode keep no version, so there an edit in place could not be seen.
+        """
+        same = sample is self._last and not sample.is_inference()
+        if not same or sample._version != self._version:
+            self.state.set_samples(sample)
+
+    def _rescale(self, scale: float, source: Outputs) -> None:
+        """Bring the row in line with what the pipeline did: the scale, and a refresh."""
+        line = self.state.table.rows[self.row]
+        weight = (scale - 1.0) * source.guidance.boost
+        held = source.guidance.delta_weights or source.guidance.cond_change_weights
+        if not (source.guidance.evaluates_both or held):
+            weight = 0.0
+        both = source.guidance.evaluates_both
+        if both != bool(line[Column.BOTH]) or abs(weight - float(line[Column.GUIDANCE])) > 1e-9:
+            self._patch(both, weight)
+
+    def _patch(self, evaluates_both: bool, weight: float) -> None:
+        """Change how the next row forms its guidance, on host and device; slots stay as they are.
+
+        A row that was to read the newest delta and evaluates both instead puts the fresh one into
+        its place.
+        """
+        rows = self.state.table.rows.clone()
+        table = StepTable(rows, self.state.table.sample_slots)
+        line, at = rows[self.row], self.row
+        if evaluates_both and not line[Column.BOTH]:
+            kept = [slot for slot in self._delta_slots[:at].tolist() if slot >= 0.0]
+            if kept and table.weights("to_delta")[at, int(kept[-1])] != 0:
+                line[Column.SLOT_DELTA] = kept[-1]
+        elif not evaluates_both and line[Column.BOTH]:
+            line[Column.SLOT_DELTA] = -1.0
+        if weight == 0.0:
+            line[Column.SLOT_COND] = -1.0
+        table.weights("to_delta")[at] *= float(not evaluates_both and weight != 0.0)
+        table.weights("to_change")[at] *= float(not evaluates_both and weight != 0.0)
+        line[Column.BOTH], line[Column.GUIDANCE] = float(evaluates_both), weight
+        self.state.replace_table(table)
+
+    def _note_writes(self, row: int) -> None:
+        """Which slots hold deltas and outputs that a later row may read."""
+        line = self.state.table.rows[row].tolist()
+        for column in (Column.SLOT_DELTA, Column.SLOT_COND):
+            if line[column] >= 0:
+                self._valid.add(int(line[column]))
+
+
+def _unguided(plan: SamplingPlan) -> SamplingPlan:
+    """The solver columns alone: each row is given the guided output."""
+    columns = {"evaluates_both": False, "guidance_weight": 0.0}
+    columns |= {"delta_weights": (), "cond_change_weights": ()}
+    return replace(plan, rows=tuple(replace(row, **columns) for row in plan.rows))

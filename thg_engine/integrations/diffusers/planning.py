@@ -1,0 +1,66 @@
+"""From a pipeline's scheduler to noise levels and solver columns of the call in progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import InvalidArgument, UntraceableScheduler
+from ...guidance import GuidanceRow
+from ...lowering import plan_from_table
+from ...plan import SamplingPlan
+from ...schedule import grid_points, model_timesteps
+from ...trace import trace
+
+
+@dataclass(frozen=True)
+class ChosenRows:
+    """Guidance whose rows have been decided."""
+
+    name: str
+    chosen: tuple[GuidanceRow, ...]
+
+    def rows(self, lambdas: Sequence[float], guidance_scale: float) -> tuple[GuidanceRow, ...]:
+        """The rows as they were chosen."""
+        return self.chosen
+
+
+def fused_plan(
+    scheduler: Any,
+    num_rows: int,
+    guidance: ChosenRows,
+    guidance_scale: float,
+    step_kwargs: dict[str, Any],
+) -> SamplingPlan | str:
+    """The plan with the scheduler's own step as columns, or why there is none.
+
+    Args:
+        scheduler: timesteps set, no step taken.
+        num_rows: model calls of this run; image-to-image takes the last ones only.
+        guidance: its rows.
+        guidance_scale: w.
+        step_kwargs: what the pipeline passes to ``step`` besides output, timestep and sample.
+    """
+    start = len(model_timesteps(scheduler)) - num_rows
+    kwargs = {k: v for k, v in step_kwargs.items() if k != "generator"}
+    try:
+        table = trace(scheduler, start=start, step_kwargs=kwargs)
+    except (UntraceableScheduler, InvalidArgument) as reason:
+        return str(reason)
+    if table.stochastic:
+        return f"{table.name} draws noise in a way of its own"
+    if len(table.rows) != len(guidance.chosen):
+        return f"{table.name} takes {len(table.rows)} steps in {len(guidance.chosen)} model calls"
+    return plan_from_table(table, guidance, guidance_scale)
+
+
+def noise_levels(scheduler: Any, num_rows: int) -> tuple[Sequence[float], tuple[str, ...]]:
+    """Half log-SNR of the last ``num_rows`` rows, by step number where nobody knows it."""
+    try:
+        points = grid_points(scheduler)[:-1]
+    except (AttributeError, IndexError, TypeError, ValueError):  # a scheduler of another kind
+        name = type(scheduler).__name__
+        note = f"the noise level of {name} is unknown: grid placed by step number"
+        return [-3.0 + 6.0 * i / num_rows for i in range(num_rows)], (note,)
+    return [point.lambda_t for point in points][-num_rows:], ()

@@ -1,0 +1,95 @@
+"""``scheduler.step`` of a pipeline in progress, answered by the run's fused step.
+
+While a compiled pipeline runs, its scheduler is an instance of a subclass of its class, made once
+per class and under the same name, whose ``step`` asks the current run first. Where that has no
+answer, or the scheduler is a copy or somebody else's, its own code runs as ever.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+
+from . import hook
+from .deferred import BranchSum
+from .run import PipelineRun
+
+_lock = threading.Lock()
+_users: Counter[int] = Counter()
+"""How many runs in progress drive a scheduler, by its id; it lives as long as they do."""
+
+
+class SteppedScheduler:
+    """Mixin of every class made here."""
+
+
+@contextmanager
+def stepping(scheduler: Any) -> Iterator[None]:
+    """Let runs answer for ``scheduler.step``; its class is as before afterwards."""
+    with _lock:
+        if not _users[id(scheduler)]:
+            scheduler.__class__ = _stepped_class(type(scheduler))
+        _users[id(scheduler)] += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _users[id(scheduler)] -= 1
+            if not _users[id(scheduler)]:
+                del _users[id(scheduler)]
+                scheduler.__class__ = base_class(scheduler)
+
+
+def base_class(scheduler: Any) -> type[Any]:
+    """The scheduler's own class, also while a run drives it."""
+    found: type[Any] = type(scheduler)
+    return found.__mro__[2] if issubclass(found, SteppedScheduler) else found
+
+
+@functools.cache
+def _stepped_class(base: type[Any]) -> type[Any]:
+    """The subclass of ``base`` whose ``step`` asks the run; carries the name of ``base``."""
+    original = base.step
+
+    @functools.wraps(original)
+    def step(self: Any, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+        run = hook.current_run()
+        following = None
+        if run is not None and run.pipe.scheduler is self:
+            following = _fused(run, self, model_output, timestep, sample, kwargs)
+        if following is not None:
+            return (following,)
+        if isinstance(model_output, BranchSum):
+            model_output = model_output.value()
+        return original(self, model_output, timestep, sample, **kwargs)
+
+    body = {
+        "step": step,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+    }
+    return type(base.__name__, (SteppedScheduler, base), body)
+
+
+def _fused(
+    run: PipelineRun,
+    scheduler: Any,
+    model_output: Tensor,
+    timestep: Any,
+    sample: Tensor,
+    kwargs: dict[str, Any],
+) -> Tensor | None:
+    """One fused step; the scheduler's own counter goes on, since its other methods read it."""
+    following = run.step(model_output, sample, kwargs)
+    if following is not None and hasattr(scheduler, "_step_index"):
+        if scheduler._step_index is None:
+            scheduler._init_step_index(timestep)
+        scheduler._step_index += 1
+    return following
