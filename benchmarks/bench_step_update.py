@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 ROOT = Path(__file__).resolve().parents[1]
-KERNEL_TESTS = "tests/kernels/test_step_update.py"
+KERNEL_TESTS = ("tests/kernels/test_step_update.py",)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ from thg_kernels.step_update import (
     step_update,
     why_unavailable,
 )
+from thg_kernels.step_update.table import WEIGHTS
 
 NUM_STEPS = 50
 BEGIN, END = 10, 40
@@ -196,68 +197,89 @@ def _copied(state: dict[str, Any]) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, list) else v for k, v in state.items()}
 
 
+@dataclass(frozen=True)
+class TorchRow:
+    """A table row for plain torch: which registers it reads (slots), with what weights.
+
+    Weights are Python numbers, or one tensor for a compiled row.
+    """
+
+    to_sample: tuple[int, ...]
+    to_state: tuple[int, ...]
+    held: int | None
+    """Slot of the held delta; None where both branches run."""
+    weights: Sequence[float] | Tensor
+    """Guidance, of the guided output, of the state, guided output in the state, then registers."""
+    stores_state: bool
+    scale: float | None
+    """Of the next model input; None where it is 1."""
+    twice: bool
+    """Whether the next row evaluates both branches."""
+    stores: tuple[tuple[int, int], ...]
+    """(index into `torch_row`'s results, slot)."""
+
+    @classmethod
+    def of(cls, table: StepTable, row: int) -> TorchRow:
+        """Row ``row``; ValueError where it does what none of the cases' rows do."""
+        line, following = table.rows[row].tolist(), table.rows[row + 1].tolist()
+        weights = {name: table.weights(name)[row] for name in WEIGHTS}
+        slots = {name: tuple(w.nonzero().flatten().tolist()) for name, w in weights.items()}
+        strange = (Column.FROM_COND, Column.FROM_DELTA, Column.STATE_FROM_DELTA, Column.NOISE)
+        held = None if line[Column.BOTH] else slots["to_delta"][0]
+        plain = held is None or (len(slots["to_delta"]) == 1 and weights["to_delta"][held] == 1.0)
+        if not plain or slots["to_change"] or any(line[column] for column in strange):
+            raise ValueError(f"row {row} of the table has terms that torch_row does not know")
+        heads = (Column.GUIDANCE, Column.FROM_GUIDED, Column.FROM_STATE, Column.STATE_FROM_GUIDED)
+        numbers = [line[column] for column in heads]
+        for name in ("to_sample", "to_state"):
+            numbers += weights[name][list(slots[name])].tolist()
+        kept = (Column.SLOT_SAMPLE, Column.SLOT_GUIDED, Column.SLOT_DELTA, Column.SLOT_STATE)
+        scale = following[Column.INPUT_SCALE]
+        return cls(
+            slots["to_sample"],
+            slots["to_state"],
+            held,
+            numbers,
+            line[Column.SLOT_STATE] >= 0,
+            None if scale == 1.0 else scale,
+            following[Column.BOTH] != 0.0,
+            tuple((k, int(line[column])) for k, column in enumerate(kept) if line[column] >= 0),
+        )
+
+
 def torch_row(
     output: Tensor,
-    past: Sequence[Tensor],
     delta: Tensor | None,
+    samples: Sequence[Tensor],
+    states: Sequence[Tensor] | None,
     weights: Sequence[float] | Tensor,
     scale: float | None,
     twice: bool,
     dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One row in plain float32 torch: x_next, guided output, delta and the next model input.
+) -> tuple[Tensor | None, ...]:
+    """One row in plain float32 torch: x_next, guided output, delta, state, next model input.
 
-    ``weights``: guidance, then that of the guided output, then those of ``past``. ``delta`` is None
-    where ``output`` holds both branches. ``scale`` is None where it is 1.
+    ``samples`` and ``states`` are the registers that x_next and the state are sums of, ``states``
+    None where the row keeps no state; the rest is as in `TorchRow`.
     """
-    guidance, from_guided, *to_sample = weights
+    guidance, from_guided, from_state, state_from_guided, *rest = weights
     if delta is None:
         uncond, cond = output.float().chunk(2)
         delta = cond - uncond
     else:
         cond = output.float()
     guided = cond + guidance * delta
-    x_next = from_guided * guided
-    for weight, value in zip(to_sample, past, strict=True):
+    x_next, state = from_guided * guided, None
+    for weight, value in zip(rest, samples):  # noqa: B905 - the rest of ``rest`` is for the state
         x_next = x_next + weight * value
+    if states is not None:
+        state = state_from_guided * guided
+        for weight, value in zip(rest[len(samples) :], states, strict=True):
+            state = state + weight * value
+        x_next = x_next + from_state * state
     model_input = (x_next if scale is None else scale * x_next).to(dtype)
-    return x_next, guided, delta, torch.cat([model_input] * 2) if twice else model_input
-
-
-@dataclass(frozen=True)
-class _TorchRow:
-    """A table row in the terms of `torch_row`."""
-
-    past: tuple[int, ...]
-    delta: int | None
-    weights: Sequence[float] | Tensor
-    scale: float | None
-    twice: bool
-    stores: tuple[tuple[int, int], ...]
-    """(index into `torch_row`'s results, slot)."""
-
-    @classmethod
-    def of(cls, table: StepTable, row: int) -> _TorchRow:
-        """Row ``row``; ValueError where it does what none of the cases' rows do."""
-        line, following = table.rows[row].tolist(), table.rows[row + 1].tolist()
-        for column in (Column.FROM_COND, Column.FROM_DELTA, Column.FROM_STATE, Column.NOISE):
-            if line[column] != 0.0:
-                raise ValueError(f"row {row} has {column.name}: torch_row does not")
-        to_sample, to_delta = (table.weights(name)[row] for name in ("to_sample", "to_delta"))
-        past = tuple(to_sample.nonzero().flatten().tolist())
-        held = None if line[Column.BOTH] else int(to_delta.nonzero().item())
-        if (held is not None and to_delta[held] != 1.0) or table.weights("to_change")[row].any():
-            raise ValueError(f"row {row} extrapolates its delta: torch_row does not")
-        kept = (Column.SLOT_SAMPLE, Column.SLOT_GUIDED, Column.SLOT_DELTA)
-        scale = following[Column.INPUT_SCALE]
-        return cls(
-            past,
-            held,
-            [line[Column.GUIDANCE], line[Column.FROM_GUIDED], *to_sample[list(past)].tolist()],
-            None if scale == 1.0 else scale,
-            following[Column.BOTH] != 0.0,
-            tuple((k, int(line[column])) for k, column in enumerate(kept) if line[column] >= 0),
-        )
+    model_input = torch.cat([model_input] * 2) if twice else model_input
+    return x_next, guided, delta, state, model_input
 
 
 class TorchStep:
@@ -273,14 +295,14 @@ class TorchStep:
         self.branches = "cond" if case.held else "both"
         self.first = list(inputs.registers.unbind())
         self.output = inputs.output[1:] if case.held else inputs.output
-        self.dtype, self.table = DTYPES[case.dtype], case.table
-        self.rows = {row: _TorchRow.of(case.table, row) for row in range(BEGIN, END)}
+        self.dtype = DTYPES[case.dtype]
+        self.rows = {row: TorchRow.of(case.table, row) for row in range(BEGIN, END)}
         self.function: Callable[..., Any] = torch_row
         self.model_input: Tensor | None = None
         if compiled:
             for name, row in self.rows.items():
                 weights = torch.tensor(row.weights, device=case.device)
-                self.rows[name] = _TorchRow(**{**vars(row), "weights": weights})
+                self.rows[name] = replace(row, weights=weights)
             self._compile()
         self.reset()
 
@@ -304,8 +326,9 @@ class TorchStep:
         row, registers = self.rows[self.row], self.registers
         results = self.function(
             self.output,
-            [registers[slot] for slot in row.past],
-            None if row.delta is None else registers[row.delta],
+            None if row.held is None else registers[row.held],
+            [registers[slot] for slot in row.to_sample],
+            [registers[slot] for slot in row.to_state] if row.stores_state else None,
             row.weights,
             row.scale,
             row.twice,
@@ -313,7 +336,7 @@ class TorchStep:
         )
         for result, slot in row.stores:
             registers[slot] = results[result]
-        self.model_input = results[3]
+        self.model_input = results[-1]
         self.row += 1
 
 

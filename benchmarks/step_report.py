@@ -101,9 +101,7 @@ def print_report(result: dict[str, Any], console: Console) -> None:
     if not result["refusal"]:
         table.add_column("speed-up", justify="right")
     for line in result["summary"]:
-        table.add_row(
-            *(line[name] for name in ("dtype", "size", "kind", "provider")), *_cells(line)
-        )
+        table.add_row(*_cells(line))
     console.print(table)
     for goal in result["goals"]:
         word = "reached" if goal["reached"] else "MISSED"

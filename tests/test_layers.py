@@ -27,14 +27,16 @@ CORE: dict[str, set[str]] = {
     "schedule": {"errors"},
     "curves": {"errors"},
     "scheduler_run": {"errors"},
-    "trace": {"errors", "table", "schedule", "scheduler_run"},
+    "forms": {"table", "schedule", "scheduler_run"},
+    "trace": {"errors", "table", "schedule", "scheduler_run", "forms"},
     "solvers": {"errors", "table", "schedule"},
     "grid": {"errors", "schedule", "curves"},
     "published": {"errors", "curves", "grid"},
     "guidance": {"errors", "schedule", "curves", "grid", "published"},
     "plan": {"errors", "table"},
     "lowering": {"errors", "table", "schedule", "solvers", "guidance", "plan"},
-    "engine": {"errors", "table", "plan"},
+    "packing": {"plan"},
+    "engine": {"errors", "plan", "packing"},
     "calibration": {
         *("errors", "table", "schedule", "curves", "solvers", "grid", "guidance"),
         *("plan", "lowering", "engine"),
@@ -54,7 +56,7 @@ ALLOWED: dict[str, set[str]] = {
 KNOW_DIFFUSERS = {DIFFUSERS, "demo"}
 # Only these may import the integration, and only inside a function.
 LAZY_INTEGRATION = {"", "cli", "demo"}
-MAY_USE_KERNELS = {"engine", DIFFUSERS}
+MAY_USE_KERNELS = {"packing", "engine", "doctor", DIFFUSERS}
 HEAVY = {"diffusers", "transformers"}
 
 

@@ -56,6 +56,10 @@ def plan_from_table(
                 sample_weights=step.sample_weights,
                 guided_weights=step.output_weights,
                 noise_weight=step.noise_weight,
+                state_weights=step.state_weights,
+                state_update=step.state_update,
+                state_sample_update=step.state_sample_update,
+                state_guided_update=step.state_output_update,
                 **_guidance_columns(guided, guidance_scale),
             )
         )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 
-Draw = Callable[[Sequence[int]], torch.Tensor]
+Draw = Callable[[Sequence[int], torch.dtype | None], torch.Tensor]
 _PASSING = ("is_scale_input_called", "_use_default_values")  # state without influence on a run
 
 
@@ -111,7 +111,8 @@ class NoiseMode(TorchFunctionMode):
             like = func is torch.randn_like
             shape = args[0].shape if like else kwargs.get("size", args)
             nested = len(shape) == 1 and not isinstance(shape[0], int)
-            return self.draw(shape[0] if nested else shape)
+            dtype = kwargs.get("dtype", args[0].dtype if like else None)
+            return self.draw(shape[0] if nested else shape, dtype)
         if self.wide:
             func = torch.Tensor.double if func is torch.Tensor.float else func
             args = tuple(torch.float64 if a is torch.float32 else a for a in args)

@@ -31,6 +31,13 @@ class SolverRow:
         sample_weights: a_k for X_0, X_1, ... (newest first).
         output_weights: b_k for E_0, E_1, ... (newest first).
         noise_weight: s, standard deviation of the fresh noise added by a stochastic scheduler.
+        noise_draws: the dtype of each unit Gaussian tensor that the scheduler's step draws in this
+            row, "float32" or "model"; () also where the noise has another source.
+        noise_draw: which of them is z.
+        state_weights: (r',), or () without a state.
+        state_update: (r,), or () where there is no state yet.
+        state_sample_update: a'_k.
+        state_output_update: b'_k.
     """
 
     timestep: float
@@ -38,14 +45,18 @@ class SolverRow:
     sample_weights: tuple[float, ...]
     output_weights: tuple[float, ...]
     noise_weight: float = 0.0
+    noise_draws: tuple[str, ...] = ()
+    noise_draw: int = 0
+    state_weights: tuple[float, ...] = ()
+    state_update: tuple[float, ...] = ()
+    state_sample_update: tuple[float, ...] = ()
+    state_output_update: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         numbers = (self.timestep, self.input_scale, self.noise_weight)
-        for name, value in (
-            ("row", numbers),
-            ("sample_weights", self.sample_weights),
-            ("output_weights", self.output_weights),
-        ):
+        weights = ("sample_weights", "output_weights", "state_weights", "state_update")
+        weights += ("state_sample_update", "state_output_update")
+        for name, value in (("row", numbers), *((name, getattr(self, name)) for name in weights)):
             if not all(map(math.isfinite, value)):
                 raise InvalidArgument(name, value, "every coefficient of a row must be finite.")
 
@@ -61,6 +72,8 @@ class SolverTable:
         rows: one per model call, in order of execution.
         lambdas: half log-SNR log(alpha_t / sigma_t) at each row's point, dimensionless; grows.
         residual: largest relative error against the scheduler itself (0 in closed form).
+        edits: whether the rows hold also where samples are changed between two steps, as inpainting
+            and callbacks do.
     """
 
     name: str
@@ -69,6 +82,7 @@ class SolverTable:
     lambdas: tuple[float, ...]
     initial_scale: float = 1.0
     residual: float = 0.0
+    edits: bool = True
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -84,9 +98,14 @@ class SolverTable:
     def window(self) -> tuple[int, int]:
         """How many past (model outputs, samples) a step reads, the current ones included."""
         return (
-            max(_span(row.output_weights) for row in self.rows),
-            max(_span(row.sample_weights) for row in self.rows),
+            max(_span(w) for r in self.rows for w in (r.output_weights, r.state_output_update)),
+            max(_span(w) for r in self.rows for w in (r.sample_weights, r.state_sample_update)),
         )
+
+    @property
+    def has_state(self) -> bool:
+        """Whether the solver keeps a state besides the sample."""
+        return any(row.state_weights for row in self.rows)
 
     @property
     def stochastic(self) -> bool:

@@ -4,11 +4,9 @@ The step of a linear scheduler maps past samples X_k, past model outputs E_k and
 
     x_next = sum_k a_k X_k + sum_k b_k E_k + s z
 
-with numbers that only the timesteps decide. One run in which the initial sample, every model output
-and every noise draw is its own unit vector therefore shows each sample as an explicit linear form
-of all of them; the shortest window (k < n_E outputs, k < n_X samples) whose least-squares fit
-reproduces every form is the table. A second run, of the untouched scheduler on random numbers of
-size 1 and 1000, checks the table: what is not linear does not survive it.
+with numbers that only the timesteps decide. `forms.py` lets it run on unit vectors and fits the
+shortest window that reproduces every sample. A second run, of the untouched scheduler on random
+numbers of size 1 and 1000, checks the table: what is not linear does not survive it.
 
 Nothing here imports diffusers: a scheduler is whatever has ``timesteps`` and ``step``.
 """
@@ -24,24 +22,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from .errors import InvalidArgument, UntraceableScheduler
+from .forms import fit_rows, unroll
 from .schedule import grid_points, model_timesteps, prediction_type, setting
 from .scheduler_run import NoiseMode, NotLinear, SchedulerRun, clone, fingerprint, on_cpu
-from .table import SolverRow, SolverTable
+from .table import SolverTable
 
 MAX_RESIDUAL = 1e-5  # float32 samples inside a step give up to 1e-6, clipping more than 1e-2
-FIT_TOLERANCE = 1e-10  # misfit of a linear form, relative to its norm, that counts as reproduced
-MAX_WINDOW = 16  # outputs or samples; PNDM's Runge-Kutta warm-up needs most of it
 CACHE_SIZE = 128
 
 _PROBE_SHAPE = (2, 5, 3, 7)  # odd, and no channel count that learned-variance code looks for
-_DRAWS_PER_ROW = 3  # room in the basis; CogVideoX' DPM draws twice and uses one
 _CLIPPING = ("thresholding", "clip_sample", "clip_denoised")
 _UNFUSED = "run it with its own step (no solver table)"
 
-Float64s = NDArray[np.float64]
 _cache: OrderedDict[tuple[type, str | None], SolverTable] = OrderedDict()
 _cache_lock = threading.Lock()
 
@@ -182,28 +176,37 @@ def _check_step(prepared: Any, step_kwargs: Mapping[str, Any]) -> None:
 
 
 def _trace(prepared: Any, start: int, step_kwargs: Mapping[str, Any], upcast: bool) -> SolverTable:
-    """Unroll, fit, assemble and verify."""
-    try:
-        forms, noises, scales = _unroll(clone(prepared), start, step_kwargs)
-        lambdas, predicts = _noise_levels(prepared)
-        timesteps = model_timesteps(prepared)[start:]
-        table = SolverTable(
-            name=type(prepared).__name__,
-            prediction_type=predicts,
-            rows=tuple(
-                SolverRow(float(t), scale, a, b, s)
-                for t, scale, (a, b, s) in zip(timesteps, scales, _fit(forms, noises), strict=True)
-            ),
-            lambdas=lambdas[start:],
-            initial_scale=float(getattr(prepared, "init_noise_sigma", 1.0)),
-        )
-        residual = _residual(table, clone(prepared), start, step_kwargs, wide=upcast)
-    except (NotLinear, InvalidArgument) as error:
-        raise _explained(prepared, str(error)) from error
-    if not residual <= MAX_RESIDUAL:
-        cause = f"its step is not linear (relative deviation {residual:.1e})"
-        raise _explained(prepared, cause)
-    return dataclasses.replace(table, residual=residual)
+    """Unroll, fit, assemble and verify; samples may be edited between steps if that can be told."""
+    table, failure = None, None
+    for edits in (True, False):
+        try:
+            table = _assemble(prepared, start, step_kwargs, edits)
+            residual = _residual(table, clone(prepared), start, step_kwargs, upcast, edits)
+        except (NotLinear, InvalidArgument) as error:
+            failure = failure or error
+            continue
+        if residual <= MAX_RESIDUAL:
+            return dataclasses.replace(table, residual=residual)
+    if table is None:
+        raise _explained(prepared, str(failure)) from failure
+    raise _explained(prepared, f"its step is not linear (relative deviation {residual:.1e})")
+
+
+def _assemble(
+    prepared: Any, start: int, step_kwargs: Mapping[str, Any], edits: bool
+) -> SolverTable:
+    """The table as the forms give it, not yet verified."""
+    forms = unroll(clone(prepared), start, step_kwargs, edits)
+    lambdas, predicts = _noise_levels(prepared)
+    timesteps = model_timesteps(prepared)[start:]
+    return SolverTable(
+        name=type(prepared).__name__,
+        prediction_type=predicts,
+        rows=fit_rows(forms, timesteps),
+        lambdas=lambdas[start:],
+        initial_scale=float(getattr(prepared, "init_noise_sigma", 1.0)),
+        edits=edits,
+    )
 
 
 def _noise_levels(prepared: Any) -> tuple[tuple[float, ...], str]:
@@ -238,118 +241,18 @@ def _refusal(scheduler: Any, cause: str, remedy: str) -> UntraceableScheduler:
     return UntraceableScheduler(f"{type(scheduler).__name__}: {cause}; {remedy}.")
 
 
-def _unroll(
-    scheduler: Any, start: int, step_kwargs: Mapping[str, Any]
-) -> tuple[Float64s, list[tuple[int, ...]], list[float]]:
-    """Linear forms of all samples: run in float64 with every input a unit vector.
-
-    Returns:
-        forms, shape ``(R + 1, D)``: sample i in the basis [x_T, E_0 .. E_{R-1}, noise draws];
-        the basis indices of the noise drawn in each row; the input scale of each row.
-    """
-    rows = len(model_timesteps(scheduler)) - start
-    size = 1 + rows * (1 + _DRAWS_PER_ROW)
-    drawn: list[int] = []
-
-    def draw(shape: Sequence[int]) -> torch.Tensor:
-        if tuple(shape) != (1, 1, 1, size):
-            raise NotLinear(f"it draws noise of shape {tuple(shape)}, not of its sample")
-        if len(drawn) == rows * _DRAWS_PER_ROW:
-            raise NotLinear(f"it draws more than {_DRAWS_PER_ROW} noises a step")
-        drawn.append(1 + rows + len(drawn))
-        return unit(drawn[-1])
-
-    def unit(index: int) -> torch.Tensor:
-        vector = torch.zeros((1, 1, 1, size), dtype=torch.float64)
-        vector[..., index] = 1.0
-        return vector
-
-    run = SchedulerRun(scheduler, start, step_kwargs)
-    forms, noises, scales = [unit(0)], [], []
-    with torch.no_grad(), on_cpu(), NoiseMode(draw, wide=True):
-        for i in range(rows):
-            before = len(drawn)
-            scales.append(_ratio(run.scaled(i, forms[i]), forms[i]))
-            forms.append(run.step(i, unit(1 + i), forms[i]))
-            noises.append(tuple(drawn[before:]))
-            if forms[-1].shape != forms[0].shape:
-                raise NotLinear("it changes the shape of the sample")
-            if not torch.isfinite(forms[-1]).all():
-                raise NotLinear(f"row {start + i} has coefficients that are not finite")
-    return torch.cat(forms).reshape(rows + 1, size).numpy(), noises, scales
-
-
-def _ratio(scaled: torch.Tensor, sample: torch.Tensor) -> float:
-    """The c with ``scaled == c * sample``."""
-    scale = float((scaled * sample).sum() / (sample * sample).sum())
-    if not torch.allclose(scaled, scale * sample, rtol=1e-9, atol=0.0):
-        raise NotLinear("its scale_model_input does more than scale the sample")
-    return scale
-
-
-def _fit(
-    forms: Float64s, noises: Sequence[tuple[int, ...]]
-) -> list[tuple[tuple[float, ...], tuple[float, ...], float]]:
-    """(sample weights, output weights, noise weight) of every row in the smallest common window.
-
-    The window of the whole run is chosen first, because it is what a run keeps in memory; within it
-    each row takes the fewest terms.
-    """
-    targets, weights = forms[1:].copy(), []
-    for i, drawn in enumerate(noises):
-        used = [d for d in drawn if targets[i, d] != 0.0]
-        if len(used) > 1:
-            raise NotLinear("it adds more than one noise in a step")
-        weights.append(float(targets[i, used[0]]) if used else 0.0)
-        targets[i, used] = 0.0
-    rows = range(len(targets))
-    sizes = range(1, min(MAX_WINDOW, len(targets)) + 1)
-    windows = sorted(((e, x) for e in sizes for x in sizes), key=lambda w: (max(w), sum(w), w[1]))
-    window = next((w for w in windows if all(_solve(forms, targets[i], i, *w) for i in rows)), None)
-    if window is None:
-        noisy = " (it may reuse the noise of earlier steps)" if any(weights) else ""
-        raise NotLinear(f"no window of {MAX_WINDOW} past samples and outputs explains it{noisy}")
-    smaller = sorted(
-        ((e, x) for e in range(window[0] + 1) for x in range(window[1] + 1)),
-        key=lambda w: (sum(w), w[1]),
-    )
-    fits = [next(f for w in smaller if (f := _solve(forms, targets[i], i, *w))) for i in rows]
-    return [(a, b, s) for (a, b), s in zip(fits, weights, strict=True)]
-
-
-def _solve(
-    forms: Float64s, target: Float64s, i: int, outputs: int, samples: int
-) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
-    """Weights of row i in one window, or None if the window does not reproduce ``target``.
-
-    Output k is the unit vector 1 + i - k, so its weight is read off after the samples' weights have
-    been fitted on all other coordinates.
-    """
-    outputs, samples = min(outputs, i + 1), min(samples, i + 1)
-    free = np.ones(len(target), dtype=bool)
-    taken = [1 + i - k for k in range(outputs)]
-    free[taken] = False
-    past = forms[[i - k for k in range(samples)]]
-    scale = np.linalg.norm(past, axis=1)
-    a = np.zeros(samples)
-    if samples:
-        columns = (past / scale[:, None]).T[free]
-        a = np.linalg.lstsq(columns, target[free], rcond=1e-14)[0] / scale
-    size = float(np.linalg.norm(target))
-    if np.linalg.norm(target[free] - a @ past[:, free]) > FIT_TOLERANCE * size:
-        return None
-    b = target[taken] - a @ past[:, taken]
-    a[np.abs(a) * scale < 1e-15 * size] = 0.0  # rounding of an exact zero
-    b[np.abs(b) < 1e-15 * size] = 0.0
-    return tuple(a.tolist()) or (0.0,), tuple(b.tolist()) or (0.0,)
-
-
 def _residual(
-    table: SolverTable, scheduler: Any, start: int, step_kwargs: Mapping[str, Any], wide: bool
+    table: SolverTable,
+    scheduler: Any,
+    start: int,
+    step_kwargs: Mapping[str, Any],
+    wide: bool,
+    edits: bool,
 ) -> float:
     """Largest relative error of ``table`` against ``scheduler`` itself, over rows and magnitudes.
 
     Both roll out from the same random numbers; the first batch element has size 1, the second 1000.
+    With ``edits`` both have the same random numbers added to every sample between two steps.
     """
     generator = torch.Generator().manual_seed(20)
     size = torch.tensor([1.0, 1e3], dtype=torch.float64).reshape(2, 1, 1, 1)
@@ -358,7 +261,7 @@ def _residual(
     def normal() -> torch.Tensor:
         return torch.randn(_PROBE_SHAPE, generator=generator, dtype=torch.float64)
 
-    def draw(shape: Sequence[int]) -> torch.Tensor:
+    def draw(shape: Sequence[int], dtype: torch.dtype | None) -> torch.Tensor:
         noise.append(torch.randn(tuple(shape), generator=generator, dtype=torch.float64))
         return noise[-1]
 
@@ -366,17 +269,31 @@ def _residual(
     x = normal() * size * table.initial_scale
     samples, worst = [x], 0.0
     outputs: list[torch.Tensor] = []
+    states: list[torch.Tensor] = []
     with torch.no_grad(), on_cpu():
         for i, row in enumerate(table.rows):
             outputs.insert(0, normal() * size)
+            if edits and i:
+                edit = 0.1 * normal() * size
+                samples[0], x = samples[0] + edit, x + edit
             with NoiseMode(draw, wide):
                 scaled, x = run.scaled(i, x), run.step(i, outputs[0], x)
             worst = max(worst, _deviation(row.input_scale * samples[0], scaled))
+            if row.state_weights:
+                update = ((row.state_update, states), (row.state_sample_update, samples))
+                states = [_sum(*update, (row.state_output_update, outputs))]
             following = row.noise_weight * noise[-1] if row.noise_weight else torch.zeros(())
-            for weight, past in zip(row.sample_weights, samples, strict=False):
-                following = following + weight * past
-            for weight, past in zip(row.output_weights, outputs, strict=False):
-                following = following + weight * past
+            following = following + _sum((row.state_weights, states), (row.output_weights, outputs))
+            following = following + _sum((row.sample_weights, samples))
             samples.insert(0, following)
             worst = max(worst, _deviation(following, x))
     return worst
+
+
+def _sum(*columns: tuple[Sequence[float], Sequence[torch.Tensor]]) -> torch.Tensor:
+    """sum_k weight_k value_k over all columns."""
+    total = torch.zeros((), dtype=torch.float64)
+    for weights, values in columns:
+        for weight, value in zip(weights, values, strict=False):
+            total = total + weight * value
+    return total

@@ -177,8 +177,11 @@ def expected(call: Call, ulps_of_bfloat16: float = 0.0) -> dict[str, Wanted]:
         for name, column in RESULTS.items():
             slot = int(table[row, column])
             if slot >= 0:
-                bound = _bound(*exact[b][name], worst, call.registers.dtype, None, 0.0)
-                wanted["registers"].put((slot, b), exact[b][name][0], bound * (name != "cond"))
+                value, size = exact[b][name]
+                bound = _bound(value, size, worst, call.registers.dtype, None, 0.0)
+                if name == "cond":
+                    value, bound = array(torch.from_numpy(value).to(call.registers.dtype)), 0.0
+                wanted["registers"].put((slot, b), value, bound)
         _put_outputs(call, wanted, b, table[row + 1], exact[b], worst, ulps_of_bfloat16)
     return wanted
 
@@ -257,7 +260,8 @@ def formula(
         (line[Column.NOISE], (z, np.abs(z))),
     )
     scaled = _sum(c, (following[Column.INPUT_SCALE], sample))
-    return dict(sample=sample, guided=guided, cond=cond, delta=delta, state=state, input=scaled)
+    named = {"sample": sample, "guided": guided, "cond": cond, "delta": delta, "state": state}
+    return {**named, "input": scaled}
 
 
 def _sum(like: Array, *terms: tuple[float, Sized]) -> Sized:
@@ -302,7 +306,7 @@ def natural(
     sample = add(sample, line[Column.FROM_STATE], state)
     sample = add(sample, line[Column.NOISE], z)
     scaled = following[Column.INPUT_SCALE] * sample
-    return dict(sample=sample, guided=guided, delta=delta, state=state, input=scaled)
+    return {"sample": sample, "guided": guided, "delta": delta, "state": state, "input": scaled}
 
 
 def own_error(

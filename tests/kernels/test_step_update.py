@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_cases import (
     BACKENDS,
+    CPU,
     LAYOUTS,
     Backend,
     make_noise,
@@ -24,8 +25,7 @@ from kernel_cases import (
 )
 from step_rows import Call, bits, check, expected, ulp
 
-from thg_kernels.step_update import BranchRows, Column, StepState, stack, step_update
-from thg_kernels.step_update.op import SMALL
+from thg_kernels.step_update import BranchRows, Column, StepState, op, stack, step_update
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 # (model output, model input, sample, noise)
@@ -48,6 +48,15 @@ LATENTS = [
     (2, 3, 5, 7),
     (5, 3, 9, 1, 3),
 ]
+IN_MEMORY = [
+    pytest.param(shape, layout, like, id=f"{layout}-like-{like}-{len(shape)}d")
+    for shape in [(4, 7, 5), (4, 3, 7, 5), (2, 3, 2, 3, 5)]
+    for layout in LAYOUTS
+    for like in ["contiguous", "channels_last"]
+    if len(shape) < 5 or "channels_last" not in (layout, like)
+]
+"""(latent, layout of the denoiser's output, layout of the samples); four dimensions that do not
+merge go through a copy."""
 MIXED = BranchRows((4, 1, 0), (2, 5, 3))
 """Three samples whose branches lie in no order."""
 
@@ -84,12 +93,8 @@ def test_numbers_of_slots(backend: Backend, num_slots: int) -> None:
     step(backend, state, BranchRows.both(2))
 
 
-@pytest.mark.parametrize("shape", [(4, 7, 5), (4, 3, 7, 5), (2, 3, 2, 3, 5)], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("like", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(("shape", "layout", "like"), IN_MEMORY)
 def test_layouts(backend: Backend, shape: tuple[int, ...], layout: str, like: str) -> None:
-    if "channels_last" in (layout, like) and len(shape) == 5:
-        pytest.skip("channels_last is of 4 and 5 dimensions, batch included")
     outputs = MIXED
     x = LAYOUTS[like]((3, *shape), dtype=SINGLE)[0].normal_()
     table = random_table(3, num_slots=4)
@@ -160,6 +165,7 @@ def test_what_has_no_weight_is_not_read(backend: Backend) -> None:
     step(backend, state, BranchRows.both(3), noise=None)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")
 def test_infinite_registers_stay_where_they_are(backend: Backend) -> None:
     """0 times infinity is NaN: a register may be read for one result and not for another."""
     row = random_row(np.random.default_rng(8), 3, both=False, density=1.0, noise=False)
@@ -185,12 +191,11 @@ def test_no_samples(backend: Backend) -> None:
     assert state.samples().shape == (0, 3, 5)
 
 
-def test_larger_blocks(backend: Backend) -> None:
-    """Enough elements for the larger block of the Triton kernel, and a ragged last one."""
-    table = random_table(10, num_slots=3)
-    latent, batch = (SMALL // 2 + 37,), 2
+def test_larger_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The larger block of the Triton kernel, and a ragged last one."""
+    monkeypatch.setattr(op, "SMALL", 64)
+    table, latent = random_table(10, num_slots=3), (1024 + 37,)
     state = make_state(table, latent, [0, 1], backend, model_dtype=HALF, inputs=BranchRows.both(2))
-    assert batch * latent[0] > SMALL
     step(backend, state, BranchRows.both(2), dtype=HALF, sample=None)
 
 
@@ -210,10 +215,23 @@ def test_gradients_and_inference_mode(backend: Backend) -> None:
 def test_float64_registers_are_exact_to_float64() -> None:
     """The reference keeps float64 throughout: the bound is that of float64."""
     reference = Backend("reference", "cpu")
-    options = dict(register_dtype=DOUBLE, model_dtype=DOUBLE, inputs=MIXED)
+    options = {"register_dtype": DOUBLE, "model_dtype": DOUBLE, "inputs": MIXED}
     state = make_state(random_table(12), (3, 43), [0, 1, 2], reference, **options)
     assert state.registers.dtype == state.device_table.dtype == state.model_input.dtype == DOUBLE
     step(reference, state, MIXED, dtype=DOUBLE, noise=DOUBLE, sample=DOUBLE)
+
+
+@pytest.mark.parametrize(("output", "model"), [(DOUBLE, HALF), (HALF, DOUBLE), (DOUBLE, DOUBLE)])
+def test_float64_denoisers_run_on_the_reference(output: torch.dtype, model: torch.dtype) -> None:
+    """Registers stay float32; the backend that is taken by default can do it."""
+    state = make_state(
+        random_table(12), (3, 43), [0, 1, 2], CPU[0], model_dtype=model, inputs=MIXED
+    )
+    call_output, noise = make_output(state, MIXED, output), make_noise(state, MIXED, SINGLE)
+    call = Call.of(state, call_output, MIXED, noise)
+    before = call.copy()
+    step_update(state, call_output, MIXED, noise=noise)
+    check(before, call)
 
 
 @pytest.mark.gpu

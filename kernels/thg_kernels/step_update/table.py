@@ -1,8 +1,8 @@
 r"""Step tables: sampling rows in the form the kernels read, one line of floats per row.
 
-All registers of a run (past samples, outputs, deltas, solver states) share one pool of ``num_slots``
-slots; which slot holds what in which row was decided when the table was made, so a row needs no
-shifts and no ages. With R_s the slots, c and u the outputs of this call, a row does
+All registers of a run (past samples, outputs, deltas, solver states) share one pool of
+``num_slots`` slots; which slot holds what in which row was decided when the table was made, so a
+row needs no shifts and no ages. With R_s the slots, c and u the outputs of this call, a row does
 
     delta   = c - u                                                       if BOTH
             = sum_s to_delta[s] R_s + sum_s to_change[s] (c - R_s)        otherwise
@@ -11,10 +11,10 @@ shifts and no ages. With R_s the slots, c and u the outputs of this call, a row 
     x_next  = sum_s to_sample[s] R_s + FROM_GUIDED e + FROM_COND c + FROM_DELTA delta
               + FROM_STATE state + NOISE z
 
-and then stores x_next, e, c, delta and state into the slots that SLOT_* name (-1: nowhere). What has
-weight 0 is not read. Columns, in float32: `Column`, then ``to_sample``, ``to_state``, ``to_delta``
-and ``to_change`` with ``num_slots`` entries each. Every table ends in a row with ACTIVE = 0, where a
-finished sample rests.
+and then stores x_next, e, c, delta and state into the slots that SLOT_* name (-1: nowhere). What
+has weight 0 is not read. Columns, in float32: `Column`, then ``to_sample``, ``to_state``,
+``to_delta`` and ``to_change`` with ``num_slots`` entries each. Every table ends in a row with
+ACTIVE = 0, where a finished sample rests.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from ...plan import SamplingPlan
 from ...schedule import model_timesteps
 from . import hook
 from .adapters import AdapterRecord
-from .planning import ChosenRows, fused_plan, noise_levels
+from .planning import ChosenRows, Solver, fused_plan, noise_levels
 from .resolve import resolve_guidance
 from .run import PipelineRun
 from .stepping import stepping
@@ -229,7 +229,7 @@ class Controller:
 
     def _fuse(
         self, pipe: Any, rows: tuple[GuidanceRow, ...], step_kwargs: dict[str, Any]
-    ) -> SamplingPlan | str:
+    ) -> Solver | str:
         """The call's plan with solver columns, or why it has none."""
         full = all(row.evaluates_both and row.boost == 1.0 for row in rows)
         if full and self.settings.fused is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
 from thg_kernels.step_update import (
@@ -19,6 +22,7 @@ from thg_kernels.step_update import (
 from ...guidance import GuidanceRow
 from ...packing import step_table
 from ...plan import SamplingPlan
+from ...table import SolverRow
 from .deferred import BranchSum
 
 
@@ -44,15 +48,21 @@ class FusedStep:
 
     Args:
         plan: solver and guidance columns of the run.
+        solver: where its solver columns come from; says what noise the scheduler would draw.
         x: the sample of the first row, shape ``(B, *latent)``.
         model_dtype: of the denoiser's output.
         guides: whether guidance is formed by the row; if not, rows are given guided outputs.
     """
 
     def __init__(
-        self, plan: SamplingPlan, x: Tensor, model_dtype: torch.dtype, guides: bool
+        self,
+        plan: SamplingPlan,
+        solver: Sequence[SolverRow],
+        x: Tensor,
+        model_dtype: torch.dtype,
+        guides: bool,
     ) -> None:
-        self.plan, self.guides = plan, guides
+        self.plan, self.solver, self.guides = plan, solver, guides
         table = step_table(plan if guides else _unguided(plan))
         wide = torch.float64 in (x.dtype, model_dtype)
         registers = torch.float64 if wide else torch.float32
@@ -94,7 +104,12 @@ class FusedStep:
                     delta = delta + weight * value
         return delta
 
-    def step(self, output: Tensor, sample: Tensor) -> Tensor:
+    def scaled(self, sample: Tensor) -> Tensor:
+        """What the denoiser is fed in the next row; the sample itself where nothing is scaled."""
+        scale = float(self.state.table.rows[self.row, Column.INPUT_SCALE]) if not self.done else 1.0
+        return sample if scale == 1.0 else sample * scale
+
+    def step(self, output: Tensor, sample: Tensor, generator: Any = None) -> Tensor:
         """Run the next row; returns the next sample, in the dtype of the denoiser's output."""
         self._take(sample)
         scale = output.guidance_scale if isinstance(output, BranchSum) else None
@@ -109,11 +124,28 @@ class FusedStep:
                 self._patch(evaluates_both=False, weight=0.0)
         row = self.row
         following = torch.empty_like(sample, dtype=values.dtype)
-        step_update(self.state, values, branches, sample=following, backend=self.backend)
+        noise = self._draw(sample, values.dtype, generator)
+        step_update(
+            self.state, values, branches, noise=noise, sample=following, backend=self.backend
+        )
         self._note_writes(row)
         self._last = following
         self._version = 0 if following.is_inference() else following._version
         return following
+
+    def _draw(self, sample: Tensor, dtype: torch.dtype, generator: Any) -> Tensor | None:
+        """The noise of the next row, drawn as often and as wide as the scheduler itself would."""
+        row = self.solver[self.row]
+        drawn = [
+            randn_tensor(
+                sample.shape,
+                generator=generator,
+                device=sample.device,
+                dtype=torch.float32 if wide == "float32" else dtype,
+            )
+            for wide in row.noise_draws
+        ]
+        return drawn[row.noise_draw] if row.noise_weight != 0.0 else None
 
     def _take(self, sample: Tensor) -> None:
         """Load the sample if it is not the one that the last row returned, as it was returned.

@@ -11,7 +11,10 @@ from ...guidance import GuidanceRow
 from ...lowering import plan_from_table
 from ...plan import SamplingPlan
 from ...schedule import grid_points, model_timesteps
+from ...table import SolverRow
 from ...trace import trace
+
+Solver = tuple[SamplingPlan, tuple[SolverRow, ...]]
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ def fused_plan(
     guidance: ChosenRows,
     guidance_scale: float,
     step_kwargs: dict[str, Any],
-) -> SamplingPlan | str:
-    """The plan with the scheduler's own step as columns, or why there is none.
+) -> Solver | str:
+    """The plan with the scheduler's own step as columns, and its rows, or why there are none.
 
     Args:
         scheduler: timesteps set, no step taken.
@@ -48,11 +51,13 @@ def fused_plan(
         table = trace(scheduler, start=start, step_kwargs=kwargs)
     except (UntraceableScheduler, InvalidArgument) as reason:
         return str(reason)
-    if table.stochastic:
-        return f"{table.name} draws noise in a way of its own"
+    if any(row.noise_weight != 0.0 and not row.noise_draws for row in table.rows):
+        return f"{table.name} draws its noise from a source of its own"
+    if not table.edits:
+        return f"{table.name} keeps more between its steps than samples and outputs"
     if len(table.rows) != len(guidance.chosen):
         return f"{table.name} takes {len(table.rows)} steps in {len(guidance.chosen)} model calls"
-    return plan_from_table(table, guidance, guidance_scale)
+    return plan_from_table(table, guidance, guidance_scale), table.rows
 
 
 def noise_levels(scheduler: Any, num_rows: int) -> tuple[Sequence[float], tuple[str, ...]]:

@@ -29,6 +29,7 @@ from .adapters import AdapterRecord
 from .deferred import BranchSum
 from .fused import FusedStep, Outputs
 from .held import HeldGuidance
+from .planning import Solver
 from .slicing import CannotSlice, slice_half
 
 Rows = tuple[GuidanceRow, ...]
@@ -61,7 +62,7 @@ class PipelineRun:
         module: torch.nn.Module,
         record: AdapterRecord,
         make_plan: Callable[[], tuple[Rows, SamplingPlan]],
-        make_fused: Callable[[Rows, dict[str, Any]], SamplingPlan | str] | None = None,
+        make_fused: Callable[[Rows, dict[str, Any]], Solver | str] | None = None,
     ) -> None:
         self.pipe, self.module, self.record = pipe, module, record
         self._make_plan: Any = make_plan
@@ -201,7 +202,7 @@ class PipelineRun:
             self.unfused = self._start_fused(output, sample, dict(kwargs))
         if self.fused is None:
             return None
-        following = self.fused.step(output, sample)
+        following = self.fused.step(output, sample, kwargs.get("generator"))
         self.fused_steps += 1
         return following
 
@@ -219,8 +220,8 @@ class PipelineRun:
         deferred = isinstance(output, BranchSum) and output.guidance_scale is not None
         if not deferred and isinstance(output, BranchSum):
             output = output.value()
-        self.plan = made
-        self.fused = FusedStep(made, sample, output.dtype, guides=deferred)
+        self.plan, solver = made
+        self.fused = FusedStep(self.plan, solver, sample, output.dtype, guides=deferred)
         self.backend = self.fused.backend
         return ""
 

@@ -1,8 +1,9 @@
 """``scheduler.step`` of a pipeline in progress, answered by the run's fused step.
 
 While a compiled pipeline runs, its scheduler is an instance of a subclass of its class, made once
-per class and under the same name, whose ``step`` asks the current run first. Where that has no
-answer, or the scheduler is a copy or somebody else's, its own code runs as ever.
+per class and under the same name, whose ``step`` asks the current run first, and so does
+``scale_model_input``, which may read what only the scheduler's own step would have kept. Where the
+run has no answer, or the scheduler is a copy or somebody else's, its own code runs as ever.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def base_class(scheduler: Any) -> type[Any]:
 def _stepped_class(base: type[Any]) -> type[Any]:
     """The subclass of ``base`` whose ``step`` asks the run; carries the name of ``base``."""
     original = base.step
+    original_scale = getattr(base, "scale_model_input", None)
 
     @functools.wraps(original)
     def step(self: Any, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
@@ -69,12 +71,20 @@ def _stepped_class(base: type[Any]) -> type[Any]:
             model_output = model_output.value()
         return original(self, model_output, timestep, sample, **kwargs)
 
-    body = {
+    def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        run = hook.current_run()
+        if run is not None and run.pipe.scheduler is self and run.fused is not None:
+            return run.fused.scaled(sample)
+        return original_scale(self, sample, *args, **kwargs)
+
+    body: dict[str, Any] = {
         "step": step,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
+    if original_scale is not None:
+        body["scale_model_input"] = functools.wraps(original_scale)(scale_model_input)
     return type(base.__name__, (SteppedScheduler, base), body)
 
 
