@@ -8,8 +8,10 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?=
 OUT ?= demo-out
+BENCH_OUT ?= bench-out
 WORKERS ?= 2
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -51,7 +53,9 @@ build: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/bench_plan.py --benchmark-only
+	$(BIN)/python benchmarks/bench_step_update.py --json $(BENCH_OUT)/step_update.json \
+	  --markdown $(BENCH_OUT)/step_update.md $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info $(OUT) .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info $(OUT) $(BENCH_OUT) .pytest_cache .mypy_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

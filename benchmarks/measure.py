@@ -108,7 +108,7 @@ def measure(
     steps, times = {}, {name: Times() for name in subjects}
     for name, timer in timers.items():
         once = timer.timeit(2).median
-        steps[name] = int(min(ROWS, max(2, seconds / MIN_TURNS / once)))
+        steps[name] = int(min(ROWS, max(1, seconds / MIN_TURNS / once)))
     flush = torch.empty(FLUSH, dtype=torch.int8, device=device) if device != "cpu" else None
     begin, turns = time.perf_counter(), 0
     while turns < MIN_TURNS or time.perf_counter() - begin < seconds * len(subjects):

@@ -31,12 +31,9 @@
 namespace thg {
 namespace THG_VARIANT {
 
-struct Float16 {
-  std::uint16_t bits;
-};
-struct BFloat16 {
-  std::uint16_t bits;
-};
+// Enumerations, not structs: compilers vectorise copies of scalars only.
+enum class Float16 : std::uint16_t {};
+enum class BFloat16 : std::uint16_t {};
 
 inline std::uint32_t bits_of(float value) {
   std::uint32_t bits;
@@ -52,11 +49,13 @@ inline float float_of(std::uint32_t bits) {
 
 inline float to_float(float value) { return value; }
 inline float to_float(double value) { return static_cast<float>(value); }
-inline float to_float(BFloat16 value) { return float_of(std::uint32_t{value.bits} << 16); }
+inline float to_float(BFloat16 value) {
+  return float_of(static_cast<std::uint32_t>(value) << 16);
+}
 
 inline float to_float(Float16 value) {
-  const std::uint32_t sign = (value.bits & 0x8000U) << 16;
-  const std::uint32_t magnitude = (value.bits & 0x7fffU) << 13;
+  const std::uint32_t sign = (static_cast<std::uint32_t>(value) & 0x8000U) << 16;
+  const std::uint32_t magnitude = (static_cast<std::uint32_t>(value) & 0x7fffU) << 13;
   // Exponents are 15 too high in float16 and 127 in float32.
   const std::uint32_t normal = magnitude + ((127U - 15U) << 23);
   // A subnormal is a multiple of 2^-24: give it the exponent of 2^-14 and take that one off again.
@@ -75,7 +74,7 @@ inline void from_float(float value, BFloat16& to) {
   const std::uint32_t bits = bits_of(value);
   const std::uint32_t rounded = bits + 0x7fffU + ((bits >> 16) & 1U);
   const bool is_nan = (bits & 0x7fffffffU) > 0x7f800000U;
-  to.bits = static_cast<std::uint16_t>((is_nan ? bits | 0x400000U : rounded) >> 16);
+  to = static_cast<BFloat16>((is_nan ? bits | 0x400000U : rounded) >> 16);
 }
 
 inline void from_float(float value, Float16& to) {
@@ -89,7 +88,7 @@ inline void from_float(float value, Float16& to) {
   std::uint32_t half = magnitude < (113U << 23) ? subnormal : normal;
   half = magnitude >= 0x477ff000U ? 0x7c00U : half;  // from 65,520 on: infinity
   half = magnitude > 0x7f800000U ? 0x7e00U : half;
-  to.bits = static_cast<std::uint16_t>(half | ((bits >> 16) & 0x8000U));
+  to = static_cast<Float16>(half | ((bits >> 16) & 0x8000U));
 }
 
 // to[i] = from[i], in float32.
@@ -109,24 +108,24 @@ inline void narrow(const float* from, float scale, std::int64_t size, T* to) {
 #if defined(__F16C__)
 template <>
 inline void widen<Float16>(const Float16* from, std::int64_t size, float* to) {
-  std::int64_t i = 0;
-  for (; i + 8 <= size; i += 8) {
+  const std::int64_t whole = size - size % 8;
+  for (std::int64_t i = 0; i < whole; i += 8) {
     const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
     _mm256_storeu_ps(to + i, _mm256_cvtph_ps(halves));
   }
-  for (; i < size; ++i) to[i] = to_float(from[i]);
+  for (std::int64_t i = whole; i < size; ++i) to[i] = to_float(from[i]);
 }
 
 template <>
 inline void narrow<Float16>(const float* from, float scale, std::int64_t size, Float16* to) {
   const __m256 factor = _mm256_set1_ps(scale);
-  std::int64_t i = 0;
-  for (; i + 8 <= size; i += 8) {
+  const std::int64_t whole = size - size % 8;
+  for (std::int64_t i = 0; i < whole; i += 8) {
     const __m256 value = _mm256_mul_ps(factor, _mm256_loadu_ps(from + i));
     const __m128i halves = _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), halves);
   }
-  for (; i < size; ++i) from_float(scale * from[i], to[i]);
+  for (std::int64_t i = whole; i < size; ++i) from_float(scale * from[i], to[i]);
 }
 #endif
 

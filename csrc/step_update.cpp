@@ -9,18 +9,16 @@ namespace THG_VARIANT {
 // Blocks are numbered through the samples: block i is block i % blocks of sample i / blocks.
 void update_blocks(const StepArgs& args, const bool* active, std::int64_t begin, std::int64_t end) {
   const std::int64_t blocks = blocks_of(args.numel);
+  const bool streaming = args.batch * args.numel >= kStreaming;
   while (begin < end) {
     const std::int64_t sample = begin / blocks;
-    const std::int64_t sample_end = (sample + 1) * blocks;
-    const std::int64_t last = end < sample_end ? end : sample_end;
+    const std::int64_t next = (sample + 1) * blocks < end ? (sample + 1) * blocks : end;
     if (active[sample]) {
-      const Row row(args, sample);
-      for (std::int64_t i = begin - sample * blocks; i < last - sample * blocks; ++i) {
-        const std::int64_t left = args.numel - i * kBlock;
-        row.run(i * kBlock, left < kBlock ? left : kBlock);
-      }
+      const std::int64_t last = (next - sample * blocks) * kBlock;
+      Row row(args, sample, (begin - sample * blocks) * kBlock, streaming);
+      row.run(last < args.numel ? last : args.numel);
     }
-    begin = last;
+    begin = next;
   }
 }
 

@@ -1,345 +1,215 @@
 // One row of a step table for a range of elements of one sample, on the CPU.
 //
 // The formula stands in kernels/thg_kernels/step_update/table.py. Registers are float32 and so is
-// the arithmetic; header only, C++17, no dependencies. A block of each operand stays in the
-// first-level cache while the passes of the row run over it, so memory traffic is that of the
-// streams alone. What has weight 0 is not read, a slot of -1 not written, and NaN propagates from
-// all that is read: this must not be compiled with -ffast-math.
+// the arithmetic; header only, C++17, no dependencies. All operands of a row move on side by side
+// in short tiles, so that each passes the memory bus once, whatever the number of terms. What has
+// weight 0 is not read, a slot of -1 not written, and NaN propagates from all that is read: this
+// must not be compiled with -ffast-math.
 #pragma once
 
-#include <cstdint>
-#include <cstring>
-
-#include "float16.h"
-#include "step_update_cpu.h"
+#include "streams.h"
 
 namespace thg {
 namespace THG_VARIANT {
 
-struct Term {
-  const float* at;
-  float weight;
-};
-
-// out[i] = sum_k terms[k].weight * terms[k].at[i]; out may be one of the terms.
-template <int kCount>
-inline void combine(const Term* terms, std::int64_t size, float* out) {
-  const float* at[kCount];
-  float weight[kCount];
-  for (int k = 0; k < kCount; ++k) {
-    at[k] = terms[k].at;
-    weight[k] = terms[k].weight;
-  }
-  THG_INDEPENDENT
-  for (std::int64_t i = 0; i < size; ++i) {
-    float sum = weight[0] * at[0][i];
-    for (int k = 1; k < kCount; ++k) sum += weight[k] * at[k][i];
-    out[i] = sum;
-  }
-}
-
-// A weighted sum of streams that is put together term by term and then computed in few passes.
-class Sum {
- public:
-  // A term of weight 0 is left out and never read.
-  void add(float weight, const float* at) {
-    if (weight != 0.0F) terms_[count_++] = {at, weight};
-  }
-
-  // Writes the sum of `size` elements to `out`, which may be one of the terms. `partial` holds
-  // what does not fit one pass: writing that to `out` would destroy the term.
-  void store(std::int64_t size, float* partial, float* out) {
-    Term* next = terms_;
-    for (; count_ > kPass; count_ -= kPass - 1) {
-      combine<kPass>(next, size, partial);
-      next += kPass - 1;
-      *next = {partial, 1.0F};
-    }
-    switch (count_) {
-      case 0: std::memset(out, 0, static_cast<std::size_t>(size) * sizeof *out); break;
-      case 1: combine<1>(next, size, out); break;
-      case 2: combine<2>(next, size, out); break;
-      case 3: combine<3>(next, size, out); break;
-      case 4: combine<4>(next, size, out); break;
-      default: combine<kPass>(next, size, out);
-    }
-  }
-
- private:
-  static constexpr int kPass = 5;
-  Term terms_[kMaxSlots + 8];
-  int count_ = 0;
-};
-
-// delta = cond - uncond and guided = cond + gain * delta in one pass.
-inline void guide(const float* cond, const float* uncond, float gain, std::int64_t size,
-                  float* delta, float* guided) {
-  THG_INDEPENDENT
-  for (std::int64_t i = 0; i < size; ++i) {
-    const float c = cond[i];
-    const float difference = c - uncond[i];
-    delta[i] = difference;
-    guided[i] = c + gain * difference;
-  }
-}
-
-// out[i] += weight * (cond[i] - past[i]).
-inline void add_change(float weight, const float* cond, const float* past, std::int64_t size,
-                       float* out) {
-  THG_INDEPENDENT
-  for (std::int64_t i = 0; i < size; ++i) out[i] += weight * (cond[i] - past[i]);
-}
-
-// Elements [begin, begin + size) of a row that lies as `layout` says. Along a run of the innermost
-// dimension the stride is constant; its ends carry into the two outer ones.
-template <typename T>
-inline void gather(const T* row, const Layout& layout, std::int64_t begin, std::int64_t size,
-                   float* to) {
-  std::int64_t inner = begin % layout.n2;
-  std::int64_t middle = begin / layout.n2 % layout.n1;
-  std::int64_t outer = begin / layout.n2 / layout.n1;
-  while (size > 0) {
-    const std::int64_t run = size < layout.n2 - inner ? size : layout.n2 - inner;
-    const T* from = row + outer * layout.s0 + middle * layout.s1 + inner * layout.s2;
-    THG_INDEPENDENT
-    for (std::int64_t i = 0; i < run; ++i) to[i] = to_float(from[i * layout.s2]);
-    to += run;
-    size -= run;
-    inner = 0;
-    if (++middle == layout.n1) {
-      middle = 0;
-      ++outer;
-    }
-  }
-}
-
-// Elements [begin, begin + size) of a stream in float32: in place where it is that already, else
-// converted into `buffer`.
-template <typename T>
-inline const float* converted(const T* row, const Layout& layout, std::int64_t begin,
-                              std::int64_t size, float* buffer) {
-  if (is_flat(layout)) {
-    widen(row + begin, size, buffer);
-  } else {
-    gather(row, layout, begin, size, buffer);
-  }
-  return buffer;
-}
-
-inline const float* loaded(const void* data, Dtype dtype, std::int64_t row_begin,
-                           const Layout& layout, std::int64_t begin, std::int64_t size,
-                           float* buffer) {
-  if (dtype == Dtype::kFloat32) {
-    const float* row = static_cast<const float*>(data) + row_begin;
-    if (is_flat(layout)) return row + begin;
-    return converted(row, layout, begin, size, buffer);
-  }
-  if (dtype == Dtype::kFloat16) {
-    const auto* row = static_cast<const Float16*>(data) + row_begin;
-    return converted(row, layout, begin, size, buffer);
-  }
-  if (dtype == Dtype::kBFloat16) {
-    const auto* row = static_cast<const BFloat16*>(data) + row_begin;
-    return converted(row, layout, begin, size, buffer);
-  }
-  const double* row = static_cast<const double*>(data) + row_begin;
-  return converted(row, layout, begin, size, buffer);
-}
-
-// scale * x to elements from `begin` on, and the same once more from `twin` on where that is not -1.
-template <typename T>
-inline void stored(const float* x, float scale, std::int64_t size, T* data, std::int64_t begin,
-                   std::int64_t twin) {
-  narrow(x, scale, size, data + begin);
-  if (twin < 0) return;
-  std::memcpy(data + twin, data + begin, static_cast<std::size_t>(size) * sizeof(T));
-}
-
-inline void store(const float* x, float scale, std::int64_t size, void* data, Dtype dtype,
-                  std::int64_t begin, std::int64_t twin = -1) {
-  switch (dtype) {
-    case Dtype::kFloat32:
-      return stored(x, scale, size, static_cast<float*>(data), begin, twin);
-    case Dtype::kFloat16:
-      return stored(x, scale, size, static_cast<Float16*>(data), begin, twin);
-    case Dtype::kBFloat16:
-      return stored(x, scale, size, static_cast<BFloat16*>(data), begin, twin);
-    case Dtype::kFloat64:
-      return stored(x, scale, size, static_cast<double*>(data), begin, twin);
-  }
-}
-
-// The row that one sample runs, its weights without those that are 0.
+// The row that one sample runs, from a first element on.
 class Row {
  public:
-  // The sample must be active, and its row's slots must exist.
-  Row(const StepArgs& args, std::int64_t sample);
-  // Everything the row does to elements [begin, begin + size), size <= kBlock.
-  void run(std::int64_t begin, std::int64_t size) const;
+  // The sample must be active, and its row's slots and denoiser rows must exist. `streaming`: write
+  // around the caches, for more data than they hold.
+  Row(const StepArgs& args, std::int64_t sample, std::int64_t begin, bool streaming);
+  Row(const Row&) = delete;
+  Row& operator=(const Row&) = delete;
+
+  // Everything the row does to the next elements, up to `end`.
+  void run(std::int64_t end);
 
  private:
-  struct Weights {
-    std::int64_t slot;
-    float to_sample, to_state, to_delta, to_change;
+  struct Change {
+    Stream past;
+    float weight;
   };
-  // Float32 values of one block. Results whose slot the row still reads wait here.
-  struct Block {
-    std::int64_t begin, size;
-    const float *cond, *delta, *guided, *state, *sample;
-    alignas(64) float cond_buffer[kBlock], other[kBlock], delta_buffer[kBlock];
-    alignas(64) float guided_buffer[kBlock], state_buffer[kBlock], partial[kBlock];
+  struct Kept {
+    Stream value;
+    float* to;
   };
 
-  float* slot(std::int64_t which) const { return slots_ + which * slot_stride_; }
-  float* place(Column column, float* buffer, const Block& block) const;
-  void form_delta_and_guided(Block& block) const;
-  void form_state(Block& block) const;
-  void form_sample(Block& block) const;
-  void keep(Column column, const float* value, const Block& block) const;
-  void write_outputs(const Block& block) const;
+  float at(Column column) const { return line_[column]; }
+  Stream slot(std::int64_t which) const;
+  Stream output(std::int64_t row, float* buffer) const;
+  void read_slots();
+  void form_sums();
+  void keep(Column column, Stream value);
+  void choose_inputs();
+  void tile(std::int64_t size);
+  void form_delta_and_guided(std::int64_t size);
+  void write_outputs(std::int64_t size);
 
   const StepArgs& args_;
-  std::int64_t sample_;
-  const float* line_;
-  float* slots_;
-  std::int64_t slot_stride_;
-  std::int64_t cond_row_, uncond_row_;  // in elements from the start of the model output
-  std::int64_t cond_input_ = -1, uncond_input_ = -1;  // likewise of the model input; -1: none
-  float input_scale_ = 0.0F;
-  bool reads_[kMaxSlots] = {};
-  Weights weights_[kMaxSlots];
-  int count_ = 0;
+  const std::int64_t sample_;
+  std::int64_t begin_;
+  const bool streaming_;
+  const float* const line_;
+  const bool both_;
+  bool has_delta_, has_state_;
+  Stream cond_, uncond_, guided_;
+  Sum delta_sum_, guided_sum_, state_sum_, sample_sum_;
+  Change changes_[kMaxSlots];
+  Kept kept_[5];
+  int num_changes_ = 0, num_kept_ = 0, num_inputs_ = 0;
+  std::int64_t inputs_[2];  // first elements of the rows of the model input
+  // Values of the tile, in float32.
+  alignas(64) float cond_values_[kTile], uncond_values_[kTile], noise_values_[kTile];
+  alignas(64) float delta_[kTile], guided_values_[kTile], state_[kTile], x_next_[kTile];
 };
 
-inline Row::Row(const StepArgs& args, std::int64_t sample) : args_(args), sample_(sample) {
-  const std::int64_t width = kHead + 4 * args.num_slots;
-  line_ = args.table + args.cursor[sample] * width;
-  slots_ = args.registers + sample * args.numel;
-  slot_stride_ = args.batch * args.numel;
-  cond_row_ = args.output_rows[sample] * args.output_stride;
-  uncond_row_ = args.output_rows[args.batch + sample] * args.output_stride;
-  const float* following = line_ + width;
-  input_scale_ = following[kInputScale];
-  if (args.model_input != nullptr && args.input_rows != nullptr) {
-    const std::int64_t cond = args.input_rows[sample];
-    const std::int64_t uncond = args.input_rows[args.batch + sample];
-    if (cond >= 0) cond_input_ = cond * args.numel;
-    if (uncond >= 0 && following[kBoth] != 0.0F) uncond_input_ = uncond * args.numel;
+inline Row::Row(const StepArgs& args, std::int64_t sample, std::int64_t begin, bool streaming)
+    : args_(args),
+      sample_(sample),
+      begin_(begin),
+      streaming_(streaming),
+      line_(args.table + args.cursor[sample] * (kHead + 4 * args.num_slots)),
+      both_(line_[kBoth] != 0.0F) {
+  has_delta_ = at(kGuidance) != 0.0F || at(kFromDelta) != 0.0F || at(kStateFromDelta) != 0.0F ||
+               at(kSlotDelta) >= 0.0F;
+  has_state_ = at(kFromState) != 0.0F || at(kSlotState) >= 0.0F;
+  cond_ = output(args.output_rows[sample], cond_values_);
+  uncond_ = output(args.output_rows[args.batch + sample], uncond_values_);
+  guided_ = at(kGuidance) != 0.0F ? Stream{guided_values_, 0} : cond_;
+  read_slots();
+  form_sums();
+  keep(kSlotSample, {x_next_, 0});
+  keep(kSlotGuided, guided_);
+  keep(kSlotCond, cond_);
+  keep(kSlotDelta, {delta_, 0});
+  keep(kSlotState, {state_, 0});
+  choose_inputs();
+}
+
+inline Stream Row::slot(std::int64_t which) const {
+  return {args_.registers + (which * args_.batch + sample_) * args_.numel + begin_, kTile};
+}
+
+// A model output that is float32 already is read where it stands.
+inline Stream Row::output(std::int64_t row, float* buffer) const {
+  if (row < 0 || args_.output_dtype != Dtype::kFloat32 || !is_flat(args_.layout)) {
+    return {buffer, 0};
   }
-  const bool both = line_[kBoth] != 0.0F;
-  for (std::int64_t s = 0; s < args.num_slots; ++s) {
+  return {static_cast<const float*>(args_.model_output) + row * args_.output_stride + begin_,
+          kTile};
+}
+
+inline void Row::read_slots() {
+  for (std::int64_t s = 0; s < args_.num_slots; ++s) {
     const float* weight = line_ + kHead + s;
-    Weights found = {s, weight[0], weight[args.num_slots], weight[2 * args.num_slots],
-                     weight[3 * args.num_slots]};
-    if (both) found.to_delta = found.to_change = 0.0F;
-    reads_[s] = found.to_sample != 0.0F || found.to_state != 0.0F || found.to_delta != 0.0F ||
-                found.to_change != 0.0F;
-    if (reads_[s]) weights_[count_++] = found;
+    const Stream past = slot(s);
+    sample_sum_.add(weight[0], past);
+    state_sum_.add(weight[args_.num_slots], past);
+    if (both_) continue;
+    delta_sum_.add(weight[2 * args_.num_slots], past);
+    const float change = weight[3 * args_.num_slots];
+    if (change != 0.0F) changes_[num_changes_++] = {past, change};
   }
 }
 
-// Where a result is computed: in its slot, unless it has none or the row still reads what is there.
-inline float* Row::place(Column column, float* buffer, const Block& block) const {
-  const auto which = static_cast<std::int64_t>(line_[column]);
-  return which < 0 || reads_[which] ? buffer : slot(which) + block.begin;
+inline void Row::form_sums() {
+  const Stream delta = {delta_, 0};
+  guided_sum_.add(1.0F, cond_);
+  guided_sum_.add(at(kGuidance), delta);
+  state_sum_.add(at(kStateFromGuided), guided_);
+  state_sum_.add(at(kStateFromDelta), delta);
+  sample_sum_.add(at(kFromGuided), guided_);
+  sample_sum_.add(at(kFromCond), cond_);
+  sample_sum_.add(at(kFromDelta), delta);
+  sample_sum_.add(at(kFromState), {state_, 0});
+  if (args_.noise != nullptr) sample_sum_.add(at(kNoise), {noise_values_, 0});
 }
 
-inline void Row::form_delta_and_guided(Block& block) const {
-  const float gain = line_[kGuidance];
-  float* delta = place(kSlotDelta, block.delta_buffer, block);
-  float* guided = place(kSlotGuided, block.guided_buffer, block);
-  block.delta = delta;
-  block.guided = gain == 0.0F ? block.cond : guided;
-  if (line_[kBoth] != 0.0F) {
-    const float* uncond = loaded(args_.model_output, args_.output_dtype, uncond_row_, args_.layout,
-                                 block.begin, block.size, block.other);
-    return guide(block.cond, uncond, gain, block.size, delta, guided);
-  }
-  Sum from_slots;
-  for (int k = 0; k < count_; ++k) {
-    from_slots.add(weights_[k].to_delta, slot(weights_[k].slot) + block.begin);
-  }
-  from_slots.store(block.size, block.partial, delta);
-  for (int k = 0; k < count_; ++k) {
-    if (weights_[k].to_change == 0.0F) continue;
-    const float* past = slot(weights_[k].slot) + block.begin;
-    add_change(weights_[k].to_change, block.cond, past, block.size, delta);
-  }
-  if (gain == 0.0F) return;
-  Sum sum;
-  sum.add(1.0F, block.cond);
-  sum.add(gain, delta);
-  sum.store(block.size, block.partial, guided);
-}
-
-inline void Row::form_state(Block& block) const {
-  block.state = nullptr;
-  if (line_[kSlotState] < 0.0F && line_[kFromState] == 0.0F) return;
-  float* state = place(kSlotState, block.state_buffer, block);
-  Sum sum;
-  for (int k = 0; k < count_; ++k) {
-    sum.add(weights_[k].to_state, slot(weights_[k].slot) + block.begin);
-  }
-  sum.add(line_[kStateFromGuided], block.guided);
-  sum.add(line_[kStateFromDelta], block.delta);
-  sum.store(block.size, block.partial, state);
-  block.state = state;
-}
-
-// The last value to be formed, so it goes to its slot even where the row reads what was there.
-inline void Row::form_sample(Block& block) const {
-  const auto which = static_cast<std::int64_t>(line_[kSlotSample]);
-  float* sample = which < 0 ? block.other : slot(which) + block.begin;
-  Sum sum;
-  for (int k = 0; k < count_; ++k) {
-    sum.add(weights_[k].to_sample, slot(weights_[k].slot) + block.begin);
-  }
-  sum.add(line_[kFromGuided], block.guided);
-  sum.add(line_[kFromCond], block.cond);
-  sum.add(line_[kFromDelta], block.delta);
-  sum.add(line_[kFromState], block.state);
-  if (args_.noise != nullptr && line_[kNoise] != 0.0F) {
-    const float* noise = loaded(args_.noise, args_.noise_dtype, sample_ * args_.numel,
-                                {1, 1, 1, 0, 0}, block.begin, block.size, block.other);
-    sum.add(line_[kNoise], noise);
-  }
-  sum.store(block.size, block.partial, sample);
-  block.sample = sample;
-}
-
-inline void Row::keep(Column column, const float* value, const Block& block) const {
-  const auto which = static_cast<std::int64_t>(line_[column]);
+inline void Row::keep(Column column, Stream value) {
+  const auto which = static_cast<std::int64_t>(at(column));
   if (which < 0) return;
-  float* to = slot(which) + block.begin;
-  if (to != value) std::memcpy(to, value, static_cast<std::size_t>(block.size) * sizeof *to);
+  float* to = args_.registers + (which * args_.batch + sample_) * args_.numel + begin_;
+  kept_[num_kept_++] = {value, to};
 }
 
-inline void Row::write_outputs(const Block& block) const {
-  if (args_.sample != nullptr) {
-    store(block.sample, 1.0F, block.size, args_.sample, args_.sample_dtype,
-          sample_ * args_.numel + block.begin);
+inline void Row::choose_inputs() {
+  if (args_.model_input == nullptr || args_.input_rows == nullptr) return;
+  const float* following = line_ + kHead + 4 * args_.num_slots;
+  const std::int64_t cond = args_.input_rows[sample_];
+  const std::int64_t uncond = args_.input_rows[args_.batch + sample_];
+  if (cond >= 0) inputs_[num_inputs_++] = cond * args_.numel;
+  if (uncond >= 0 && following[kBoth] != 0.0F) inputs_[num_inputs_++] = uncond * args_.numel;
+}
+
+inline void Row::form_delta_and_guided(std::int64_t size) {
+  const float gain = at(kGuidance);
+  if (both_) {
+    const float* cond = cond_.at;
+    const float* uncond = uncond_.at;
+    THG_INDEPENDENT
+    for (std::int64_t i = 0; i < size; ++i) {
+      const float difference = cond[i] - uncond[i];
+      delta_[i] = difference;
+      guided_values_[i] = cond[i] + gain * difference;
+    }
+    return;
   }
-  const bool twice = cond_input_ >= 0 && uncond_input_ >= 0;
-  const std::int64_t first = cond_input_ >= 0 ? cond_input_ : uncond_input_;
-  if (first < 0) return;
-  store(block.sample, input_scale_, block.size, args_.model_input, args_.input_dtype,
-        first + block.begin, twice ? uncond_input_ + block.begin : -1);
+  delta_sum_.next(size, delta_);
+  for (int k = 0; k < num_changes_; ++k) {
+    const float weight = changes_[k].weight;
+    const float* past = changes_[k].past.at;
+    THG_INDEPENDENT
+    for (std::int64_t i = 0; i < size; ++i) delta_[i] += weight * (cond_.at[i] - past[i]);
+    changes_[k].past.at += kTile;
+  }
+  guided_sum_.next(size, guided_values_);
 }
 
-inline void Row::run(std::int64_t begin, std::int64_t size) const {
-  Block block;
-  block.begin = begin;
-  block.size = size;
-  block.cond = loaded(args_.model_output, args_.output_dtype, cond_row_, args_.layout, begin, size,
-                      block.cond_buffer);
-  form_delta_and_guided(block);
-  form_state(block);
-  form_sample(block);
-  keep(kSlotGuided, block.guided, block);
-  keep(kSlotCond, block.cond, block);
-  keep(kSlotDelta, block.delta, block);
-  keep(kSlotState, block.state, block);
-  write_outputs(block);
+inline void Row::write_outputs(std::int64_t size) {
+  for (int k = 0; k < num_kept_; ++k) {
+    put(kept_[k].value.at, size, kept_[k].to, streaming_);
+    kept_[k].value.at += kept_[k].value.step;
+    kept_[k].to += kTile;
+  }
+  if (args_.sample != nullptr) {
+    const std::int64_t place = sample_ * args_.numel + begin_;
+    store(x_next_, 1.0F, size, args_.sample, args_.sample_dtype, &place, 1, streaming_);
+  }
+  if (num_inputs_ == 0) return;
+  const float scale = line_[kHead + 4 * args_.num_slots + kInputScale];
+  const std::int64_t places[] = {inputs_[0] + begin_, inputs_[1] + begin_};
+  store(x_next_, scale, size, args_.model_input, args_.input_dtype, places, num_inputs_,
+        streaming_);
+}
+
+// All that is read is read before anything is written: a row may write over what it read.
+inline void Row::tile(std::int64_t size) {
+  const auto load_output = [this, size](const Stream& stream, std::int64_t row, float* buffer) {
+    if (stream.step != 0) return;
+    load(args_.model_output, args_.output_dtype, row * args_.output_stride, args_.layout, begin_,
+         size, buffer);
+  };
+  load_output(cond_, args_.output_rows[sample_], cond_values_);
+  if (both_ && has_delta_) {
+    load_output(uncond_, args_.output_rows[args_.batch + sample_], uncond_values_);
+  }
+  if (has_delta_) form_delta_and_guided(size);
+  if (has_state_) state_sum_.next(size, state_);
+  if (args_.noise != nullptr && at(kNoise) != 0.0F) {
+    load(args_.noise, args_.noise_dtype, sample_ * args_.numel, {1, 1, 1, 0, 0}, begin_, size,
+         noise_values_);
+  }
+  sample_sum_.next(size, x_next_);
+  write_outputs(size);
+  cond_.at += cond_.step;
+  uncond_.at += uncond_.step;
+  begin_ += size;
+}
+
+inline void Row::run(std::int64_t end) {
+  while (begin_ + kTile <= end) tile(kTile);
+  if (begin_ < end) tile(end - begin_);
+  if (streaming_) finish_streaming();
 }
 
 }  // namespace THG_VARIANT

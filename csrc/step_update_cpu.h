@@ -7,9 +7,10 @@
 
 namespace thg {
 
-// A page of each float32 stream: long enough to hide the set-up of a row's passes, and the six
-// buffers of a block stay in the caches next to the core.
-constexpr std::int64_t kBlock = 1024;
+// The unit that threads share out.
+constexpr std::int64_t kBlock = 4096;
+// From this many elements on, a step moves more than most caches keep until it is read again.
+constexpr std::int64_t kStreaming = 1 << 20;
 
 constexpr std::int64_t blocks_of(std::int64_t numel) { return (numel + kBlock - 1) / kBlock; }
 

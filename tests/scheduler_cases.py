@@ -286,6 +286,7 @@ class Reference:
     inputs: list[torch.Tensor]
     outputs: list[torch.Tensor]
     noises: list[torch.Tensor | None]
+    edits: list[torch.Tensor] = field(default_factory=list)
 
 
 def real_run(
@@ -296,8 +297,12 @@ def real_run(
     shape: tuple[int, ...] = (1, 4, 3, 5),
     dtype: torch.dtype = torch.float64,
     step_kwargs: dict[str, Any] | None = None,
+    edits: float = 0.0,
 ) -> Reference:
-    """Step ``scheduler``, whose timesteps are set, on random latents and model outputs."""
+    """Step ``scheduler``, whose timesteps are set, on random latents and model outputs.
+
+    With ``edits`` every sample but the first is changed by so much before the scheduler sees it.
+    """
     generator = torch.Generator().manual_seed(seed)
     kwargs = {"return_dict": False, **(step_kwargs or {})}
     noise = torch.Generator().manual_seed(seed + 1)
@@ -312,6 +317,10 @@ def real_run(
     if type(scheduler).__name__ == "SCMScheduler":
         timesteps = timesteps[:-1]
     for i, t in enumerate(timesteps):
+        if edits and i:
+            edit = edits * torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+            run.edits.append(edit)
+            x = x + edit
         fed = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         output = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         before = noise.get_state()
@@ -345,15 +354,27 @@ def _drawn(
 
 def table_error(table: Any, run: Reference) -> float:
     """Largest relative error over a run: of every sample, and of what the denoiser is fed."""
-    samples, worst = [run.samples[0].double()], 0.0
+    samples, states, worst = [run.samples[0].double()], [], 0.0
     assert len(table.rows) == len(run.outputs)
-    for i, row in enumerate(table.rows):
-        worst = max(worst, _relative(row.input_scale * samples[i], run.inputs[i]))
+
+    def total(sample_weights: Any, output_weights: Any, state_weights: Any) -> torch.Tensor:
         x = torch.zeros_like(samples[0])
-        for k, weight in enumerate(row.sample_weights):
+        for k, weight in enumerate(sample_weights):
             x += weight * samples[i - k]
-        for k, weight in enumerate(row.output_weights):
+        for k, weight in enumerate(output_weights):
             x += weight * run.outputs[i - k].double()
+        for weight in state_weights:
+            x += weight * states[-1]
+        return x
+
+    for i, row in enumerate(table.rows):
+        if run.edits and i:
+            samples[i] = samples[i] + run.edits[i - 1].double()
+        worst = max(worst, _relative(row.input_scale * samples[i], run.inputs[i]))
+        if row.state_weights:
+            update = (row.state_sample_update, row.state_output_update, row.state_update)
+            states.append(total(*update))
+        x = total(row.sample_weights, row.output_weights, row.state_weights)
         if row.noise_weight:
             assert run.noises[i] is not None, f"row {i} has a noise weight but drew no noise"
             x += row.noise_weight * run.noises[i].double()

@@ -127,7 +127,7 @@ def test_red_kernel_tests_are_a_refusal(tmp_path, backend, monkeypatch):
     backend(sound)
     red = tmp_path / "test_red.py"
     red.write_text("def test_red():\n    assert False\n")
-    monkeypatch.setattr(bench, "KERNEL_TESTS", str(red))
+    monkeypatch.setattr(bench, "KERNEL_TESTS", [str(red)])
     monkeypatch.setattr(bench, "run_kernel_tests", RUN_KERNEL_TESTS)
     code, result = run(tmp_path / "rows.json")
     assert code == 1 and "1 failed" in result["refusal"]

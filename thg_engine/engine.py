@@ -208,7 +208,7 @@ class Engine:
     def _evaluate_row(self, run: Run, both: bool) -> tuple[Tensor, BranchRows]:
         """The denoiser's rows for the next step, and which is which."""
         state = run.state
-        if state.model_input is None or state.timestep is None:
+        if state.inputs is None or state.model_input is None or state.timestep is None:
             raise ThgError("the run keeps no model input: begin it with Engine.begin.")
         if both:
             outputs, first, conditioning = state.inputs, 0, run.both_conditionings()

@@ -12,7 +12,7 @@ among the scheduler's own attributes and becomes a state S of the rows.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -132,7 +132,7 @@ def _ratio(scaled: torch.Tensor, sample: torch.Tensor) -> float:
     return scale
 
 
-def fit_rows(forms: Forms, timesteps: Sequence[float]) -> tuple[SolverRow, ...]:
+def fit_rows(forms: Forms, timesteps: Iterable[float]) -> tuple[SolverRow, ...]:
     """Rows of the smallest common window, without a state if that is enough.
 
     The window of the whole run is chosen first, because it is what a run keeps in memory; within it
@@ -163,22 +163,22 @@ def _without_noise(forms: Forms) -> tuple[Float64s, list[dict[str, Any]]]:
     return targets, noises
 
 
-Solve = Callable[[int, int, int], dict[str, tuple[float, ...]] | None]
+Weights = dict[str, Any]
+"""Columns of a `SolverRow` by name."""
+Solve = Callable[[int, int, int], Weights | None]
 
 
-def _fit(
-    given: Float64s, targets: Float64s, state: Float64s | None
-) -> list[dict[str, tuple[float, ...]]] | None:
+def _fit(given: Float64s, targets: Float64s, state: Float64s | None) -> list[Weights] | None:
     """Weights of every row by the names of `SolverRow`, None where no window is enough."""
     rows = range(len(targets))
     sizes = range(1, min(MAX_WINDOW, len(targets)) + 1)
 
-    def step(i: int, e: int, x: int) -> dict[str, tuple[float, ...]] | None:
+    def step(i: int, e: int, x: int) -> Weights | None:
         extra = [] if state is None else [state[i]]
         names = ("state_weights", "sample_weights", "output_weights")
         return _named(names, _solve(given, extra, targets[i], i, e, x))
 
-    def update(i: int, e: int, x: int) -> dict[str, tuple[float, ...]] | None:
+    def update(i: int, e: int, x: int) -> Weights | None:
         if state is None:
             return {}
         extra = [state[i - 1]] if i else []
@@ -187,19 +187,25 @@ def _fit(
 
     windows = sorted(((e, x) for e in sizes for x in sizes), key=lambda w: (max(w), sum(w), w[1]))
     both: tuple[Solve, ...] = (step, update)
-    fits = lambda w: all(solve(i, *w) is not None for i in rows for solve in both)  # noqa: E731
-    window = next(filter(fits, windows), None)
+
+    def is_enough(window: tuple[int, int]) -> bool:
+        return all(solve(i, *window) is not None for i in rows for solve in both)
+
+    window = next(filter(is_enough, windows), None)
     if window is None:
         return None
     smaller = sorted(
         ((e, x) for e in range(window[0] + 1) for x in range(window[1] + 1)),
         key=lambda w: (sum(w), w[1]),
     )
-    best = lambda solve, i: next(f for w in smaller if (f := solve(i, *w)) is not None)  # noqa: E731
+
+    def best(solve: Solve, i: int) -> Weights:
+        return next(found for w in smaller if (found := solve(i, *w)) is not None)
+
     return [{**best(update, i), **best(step, i)} for i in rows]
 
 
-def _named(names: Sequence[str], values: Any) -> dict[str, tuple[float, ...]] | None:
+def _named(names: Sequence[str], values: Any) -> Weights | None:
     return None if values is None else dict(zip(names, values, strict=True))
 
 

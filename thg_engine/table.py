@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from .errors import InvalidArgument
 
@@ -54,8 +54,7 @@ class SolverRow:
 
     def __post_init__(self) -> None:
         numbers = (self.timestep, self.input_scale, self.noise_weight)
-        weights = ("sample_weights", "output_weights", "state_weights", "state_update")
-        weights += ("state_sample_update", "state_output_update")
+        weights = [f.name for f in fields(self) if f.name.endswith(("weights", "update"))]
         for name, value in (("row", numbers), *((name, getattr(self, name)) for name in weights)):
             if not all(map(math.isfinite, value)):
                 raise InvalidArgument(name, value, "every coefficient of a row must be finite.")

@@ -63,8 +63,9 @@ BLOCKS: dict[str, tuple[int, int]] = {
     "small": (256, 2),
 }
 """(elements per program, warps). Eight elements a thread: two 16-byte loads per float32 register,
-one per half-precision output. A latent of fewer than `SMALL` elements takes the smaller block, so
-that the card has more programs than multiprocessors."""
+one per half-precision output; in the small block four, and half of each. A latent of fewer than
+`SMALL` elements takes the smaller block, so that the card has more programs than multiprocessors.
+"""
 SMALL = 1 << 18
 
 

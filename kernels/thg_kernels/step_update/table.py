@@ -182,7 +182,9 @@ def stack(tables: Sequence[StepTable]) -> tuple[StepTable, tuple[int, ...]]:
     if not tables:
         raise InvalidInput("tables", tables, "give at least one table.")
     num_slots = max(table.num_slots for table in tables)
-    parts, offsets, slots = [], [], []
+    parts: list[Tensor] = []
+    offsets: list[int] = []
+    slots: list[int] = []
     for table in tables:
         wide = blank_rows(table.num_rows, num_slots)
         wide[:, :HEAD] = table.rows[:, :HEAD]

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 _METADATA = {
-    getter.__get__
-    for getter in (Tensor.shape, Tensor.dtype, Tensor.device, Tensor.ndim, Tensor.requires_grad)
+    vars(Tensor.__base__)[name].__get__
+    for name in ("shape", "dtype", "device", "ndim", "requires_grad", "layout", "is_cuda")
 }
 _QUESTIONS = {Tensor.size, Tensor.dim, Tensor.is_floating_point, Tensor.ndimension, Tensor.numel}
 _CHUNKS = {torch.chunk, Tensor.chunk}
@@ -55,7 +55,7 @@ class BranchSum(Tensor):
         make: Callable[[], Tensor],
     ) -> BranchSum:
         """A sum or pair of ``shape``, dtype and device of ``like``; ``make`` computes its value."""
-        made: BranchSum = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: BranchSum = Tensor._make_wrapper_subclass(
             cls, shape, dtype=like.dtype, device=like.device
         )
         made.source, made.weights, made.cond_half = source, weights, cond_half
@@ -94,7 +94,7 @@ class BranchSum(Tensor):
         return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Below the level of functions there is only the value (a C++ caller, say)."""
@@ -111,13 +111,15 @@ def _symbolic(func: Any, args: tuple[Any, ...]) -> Any:
     a, b = args
     if func in _MULTIPLY:
         term, factor = (a, b) if isinstance(a, BranchSum) else (b, a)
-        if _is_sum(term) and _is_number(factor):
-            return _combined(func, args, term, (factor * term.weights[0], factor * term.weights[1]))
-        return None
+        weights = _weights(term)
+        if weights is None or not _is_number(factor):
+            return None
+        return _combined(func, args, term, (factor * weights[0], factor * weights[1]))
     sign = 1.0 if func in _ADD else -1.0 if func in _SUBTRACT else 0.0
-    if not sign or not (_is_sum(a) and _is_sum(b)) or a.source is not b.source:
+    first, second = _weights(a), _weights(b)
+    if not sign or first is None or second is None or a.source is not b.source:
         return None
-    total = (a.weights[0] + sign * b.weights[0], a.weights[1] + sign * b.weights[1])
+    total = (first[0] + sign * second[0], first[1] + sign * second[1])
     return _combined(func, args, a, total)
 
 
@@ -143,8 +145,9 @@ def _combined(func: Any, args: tuple[Any, ...], like: BranchSum, weights: Weight
     return BranchSum(like.shape, like, like.source, weights, like.cond_half, make)
 
 
-def _is_sum(value: Any) -> bool:
-    return isinstance(value, BranchSum) and value.weights is not None
+def _weights(value: Any) -> Weights | None:
+    """Of a sum; None for anything else, the pair included."""
+    return value.weights if isinstance(value, BranchSum) else None
 
 
 def _is_number(value: Any) -> bool:

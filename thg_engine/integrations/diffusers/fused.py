@@ -199,6 +199,6 @@ class FusedStep:
 
 def _unguided(plan: SamplingPlan) -> SamplingPlan:
     """The solver columns alone: each row is given the guided output."""
-    columns = {"evaluates_both": False, "guidance_weight": 0.0}
+    columns: dict[str, Any] = {"evaluates_both": False, "guidance_weight": 0.0}
     columns |= {"delta_weights": (), "cond_change_weights": ()}
     return replace(plan, rows=tuple(replace(row, **columns) for row in plan.rows))

@@ -145,16 +145,17 @@ class PipelineRun:
         """Both branches; the output itself unless the row boosts its delta or is deferred."""
         halves = output[0].chunk(2)
         cond, uncond = halves[self.record.cond_half], halves[1 - self.record.cond_half]
-        delta: Tensor | None = None
         if not self._guides:
             delta = self._held.fresh(row, cond, uncond)
         if not self._defers:
-            unboosted = row.boost == 1.0 or delta is None
-            return output if unboosted else _with_sample(output, self._pair(cond, delta))
-        if row.boost == 1.0:
-            make = lambda: output[0]  # noqa: E731
-        else:
-            make = lambda: self._pair(cond, row.boost * (cond.float() - uncond.float()))  # noqa: E731
+            return output if row.boost == 1.0 else _with_sample(output, self._pair(cond, delta))
+
+        def make() -> Tensor:
+            if row.boost == 1.0:
+                whole: Tensor = output[0]
+                return whole
+            return self._pair(cond, row.boost * (cond.float() - uncond.float()))
+
         branches = BranchRows.both(cond.shape[0])
         if self.record.cond_half == 0:
             branches = BranchRows(branches.uncond, branches.cond)
@@ -164,14 +165,16 @@ class PipelineRun:
     def _conditional(self, index: int, row: GuidanceRow, output: Any) -> Any:
         """The conditional output beside the reconstructed unconditional one."""
         cond = output[0]
-        fused = self.fused
-        if fused is None or not fused.guides:
-            delta = self._held.held(row, cond)
-            if not self._defers:
-                return _with_sample(output, self._pair(cond, delta))
-            make = lambda: self._pair(cond, delta)  # noqa: E731
-        else:
-            make = lambda: self._pair(cond, row.boost * fused.held(index, cond))  # noqa: E731
+        fused = self.fused if self._guides else None
+        delta = None if fused is not None else self._held.held(row, cond)
+        if delta is not None and not self._defers:
+            return _with_sample(output, self._pair(cond, delta))
+
+        def make() -> Tensor:
+            if fused is not None:
+                return self._pair(cond, row.boost * fused.held(index, cond))
+            return self._pair(cond, torch.zeros_like(cond) if delta is None else delta)
+
         shape = torch.Size((2 * cond.shape[0], *cond.shape[1:]))
         source = Outputs(index, row, cond, BranchRows.cond_only(cond.shape[0]))
         return _with_sample(output, self._deferred(source, shape, make))

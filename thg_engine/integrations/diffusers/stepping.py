@@ -35,7 +35,8 @@ def stepping(scheduler: Any) -> Iterator[None]:
     """Let runs answer for ``scheduler.step``; its class is as before afterwards."""
     with _lock:
         if not _users[id(scheduler)]:
-            scheduler.__class__ = _stepped_class(type(scheduler))
+            base: Any = type(scheduler)
+            scheduler.__class__ = _stepped_class(base)
         _users[id(scheduler)] += 1
     try:
         yield
@@ -53,11 +54,23 @@ def base_class(scheduler: Any) -> type[Any]:
     return found.__mro__[2] if issubclass(found, SteppedScheduler) else found
 
 
+def _scaling(original: Any) -> Any:
+    """``scale_model_input`` that takes the scale from the row once a fused step has been taken."""
+
+    @functools.wraps(original)
+    def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+        run = hook.current_run()
+        if run is not None and run.pipe.scheduler is self and run.fused is not None:
+            return run.fused.scaled(sample)
+        return original(self, sample, *args, **kwargs)
+
+    return scale_model_input
+
+
 @functools.cache
 def _stepped_class(base: type[Any]) -> type[Any]:
     """The subclass of ``base`` whose ``step`` asks the run; carries the name of ``base``."""
     original = base.step
-    original_scale = getattr(base, "scale_model_input", None)
 
     @functools.wraps(original)
     def step(self: Any, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
@@ -71,20 +84,14 @@ def _stepped_class(base: type[Any]) -> type[Any]:
             model_output = model_output.value()
         return original(self, model_output, timestep, sample, **kwargs)
 
-    def scale_model_input(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
-        run = hook.current_run()
-        if run is not None and run.pipe.scheduler is self and run.fused is not None:
-            return run.fused.scaled(sample)
-        return original_scale(self, sample, *args, **kwargs)
-
     body: dict[str, Any] = {
         "step": step,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    if original_scale is not None:
-        body["scale_model_input"] = functools.wraps(original_scale)(scale_model_input)
+    if hasattr(base, "scale_model_input"):
+        body["scale_model_input"] = _scaling(base.scale_model_input)
     return type(base.__name__, (SteppedScheduler, base), body)
 
 
