@@ -245,6 +245,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, console = parse(arguments), Console()
     if not console.is_terminal:
         console = Console(width=120)  # a log has no width to fit into
+    if ":" in options.device:
+        torch.cuda.set_device(options.device)  # events and synchronize mean the current one
     result, code = run(options, console)
     print_report(result, console)
     for path, write in (

@@ -184,7 +184,8 @@ def joules_per_step(subject: Subject, device: str, seconds: float) -> tuple[floa
         import pynvml
 
         pynvml.nvmlInit()
-        uuid = torch.cuda.get_device_properties(device).uuid
+        # By UUID: NVML does not renumber devices as CUDA_VISIBLE_DEVICES does.
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
         before, steps = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), 0
         begin = time.perf_counter()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,3 +205,58 @@ def test_goals_follow_the_machine():
 @pytest.mark.parametrize("provider", ["triton", "cuda"])
 def test_gpu_providers_are_not_timed_on_a_cpu(provider):
     assert "does not run on cpu" in step_cases.why_absent(provider, "cpu")
+
+
+class Steps:
+    """A subject that counts."""
+
+    def __init__(self):
+        self.resets = self.steps = 0
+
+    def reset(self):
+        self.resets += 1
+
+    def step(self):
+        self.steps += 1
+
+
+def test_gpu_times_are_those_between_the_events_of_a_step(monkeypatch):
+    subject = Steps()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.steps = subject.steps
+
+        def elapsed_time(self, end):
+            return 2.0 * (end.steps - self.steps)  # ms
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    times = measure._events(subject, 3, torch.ones(4, dtype=torch.int8))
+    assert times == pytest.approx([2e-3] * 3)
+    assert (subject.resets, subject.steps) == (1, 3)
+
+
+def test_energy_is_that_of_the_board_per_step(monkeypatch):
+    subject, clock = Steps(), itertools.count()
+    properties = SimpleNamespace(uuid="1234")
+    nvml = SimpleNamespace(
+        nvmlInit=lambda: None,
+        nvmlDeviceGetHandleByUUID=lambda uuid: uuid,
+        nvmlDeviceGetTotalEnergyConsumption=lambda handle: 100 + 5 * subject.steps,  # mJ
+    )
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: 0.4 * next(clock))
+    assert measure.joules_per_step(subject, "cuda", 0.1) == (pytest.approx(5e-3), "")
+    assert subject.steps == subject.resets * measure.ROWS > 0
+
+
+def test_missing_energy_is_explained(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    joules, reason = measure.joules_per_step(Steps(), "cuda", 0.1)
+    assert joules is None and "pynvml" in reason

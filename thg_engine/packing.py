@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from thg_kernels.step_update import Column, StepTable, blank_rows
+from thg_kernels.step_update import Column, StepTable, blank_rows, weight_columns
 
 from .plan import Row, SamplingPlan
 
@@ -59,12 +59,11 @@ def step_table(plan: SamplingPlan) -> StepTable:
             rows[i, column] = number
         for value in writes[i]:
             rows[i, _SLOTS[value[0]]] = slots[value]
-    table = StepTable(rows, tuple(slots["X", i] for i in range(len(lines) + 1)))
-    for i, line in enumerate(lines):
         for name, weights in line.weights.items():
+            columns = rows[i, weight_columns(name, num_slots)]
             for value, weight in weights.items():
-                table.weights(name)[i, slots[value]] += weight
-    return table
+                columns[slots[value]] = weight
+    return StepTable(rows, tuple(slots["X", i] for i in range(len(lines) + 1)))
 
 
 def _assign(

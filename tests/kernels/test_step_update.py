@@ -14,7 +14,6 @@ from kernel_cases import (
     Backend,
     make_noise,
     make_output,
-    make_sample,
     make_state,
     prepare,
     random_row,
@@ -26,6 +25,7 @@ from kernel_cases import (
 from step_rows import Call, bits, check, expected, ulp
 
 from thg_kernels.step_update import BranchRows, Column, StepState, op, stack, step_update
+from thg_kernels.step_update.table import WEIGHTS
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 # (model output, model input, sample, noise)
@@ -166,23 +166,25 @@ def test_what_has_no_weight_is_not_read(backend: Backend) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered in multiply")
-def test_infinite_registers_stay_where_they_are(backend: Backend) -> None:
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_infinite_registers_stay_where_they_are(backend: Backend, name: str) -> None:
     """0 times infinity is NaN: a register may be read for one result and not for another."""
-    row = random_row(np.random.default_rng(8), 3, both=False, density=1.0, noise=False)
-    row[Column.SLOT_SAMPLE : Column.SLOT_STATE + 1] = torch.tensor([1.0, -1, -1, -1, 2])
-    row[[Column.GUIDANCE, Column.FROM_DELTA, Column.FROM_STATE, Column.STATE_FROM_DELTA]] = 0.0
+    writes = [0, -1, -1, 1, 2]
+    row = random_row(np.random.default_rng(8), 4, both=False, density=1.0, writes=writes)
+    for column in (Column.GUIDANCE, Column.FROM_DELTA, Column.FROM_STATE, Column.STATE_FROM_DELTA):
+        row[column] = 0.0
     table = table_of([row])
-    table.weights("to_sample")[0] = torch.tensor([0.5, 0.25, 0.0])
-    table.weights("to_state")[0] = torch.tensor([0.5, 0.0, 0.25])
+    for other in WEIGHTS:
+        table.weights(other)[0, 3] = 0.5 if other == name else 0.0
     state = make_state(table, (65,), 0, backend, batch=1)
-    state.registers[2] = torch.inf
-    x = 0.5 * state.registers[0] + 0.25 * state.registers[1]
-    output = make_output(state, BranchRows.cond_only(1), SINGLE)
-    sample = make_sample(state)
-    step_update(state, output, BranchRows.cond_only(1), sample=sample, backend=backend.name)
-    from_outputs = (row[Column.FROM_GUIDED] + row[Column.FROM_COND]) * output[:1].double()
-    torch.testing.assert_close(sample.double(), x.double() + from_outputs)
-    assert state.registers[2].isinf().all()
+    state.registers[3] = torch.inf
+    cond = BranchRows.cond_only(1)
+    output, noise = make_output(state, cond, SINGLE), make_noise(state, cond, SINGLE)
+    step_update(state, output, cond, noise=noise, backend=backend.name)
+    kept = dict(zip(("to_sample", "to_delta", "to_state"), state.registers, strict=False))
+    hit = "to_delta" if name == "to_change" else name
+    for result, values in kept.items():
+        assert values.isinf().all() if result == hit else values.isfinite().all(), result
 
 
 def test_no_samples(backend: Backend) -> None:

@@ -18,7 +18,7 @@ from ..errors import BackendUnavailable, InvalidInput
 from . import native_op, op
 from .branches import BranchRows
 from .state import MODEL_DTYPES, StepState
-from .table import Column, StepTable, Uses, blank_rows, stack
+from .table import Column, StepTable, Uses, blank_rows, stack, weight_columns
 
 __all__ = [
     "BACKENDS",
@@ -33,6 +33,7 @@ __all__ = [
     "choose_backend",
     "stack",
     "step_update",
+    "weight_columns",
     "why_unavailable",
 ]
 
@@ -185,7 +186,7 @@ def _check_call(
             _check_tensor(name, value, state, rows=state.batch)
     if noise is None and state.table.has_noise:
         for b in active:
-            if state.table.rows[state.positions[b], Column.NOISE] != 0:
+            if state.table.flag(state.positions[b], Column.NOISE):
                 raise InvalidInput("noise", None, f"row {state.positions[b]} adds noise: give it.")
     _check_overlap(state, {"model_output": model_output, "noise": noise, "sample": sample})
     return active

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -46,19 +47,19 @@ class BranchRows:
     @classmethod
     def both(cls, batch: int) -> BranchRows:
         """Diffusers' order: the unconditional half first."""
-        return cls(tuple(range(batch, 2 * batch)), tuple(range(batch)))
+        return _both(batch)
 
     @classmethod
     def cond_only(cls, batch: int) -> BranchRows:
         """The conditional branch alone."""
-        return cls(tuple(range(batch)), (-1,) * batch)
+        return _cond_only(batch)
 
     @property
     def batch(self) -> int:
         """B."""
         return len(self.cond)
 
-    @property
+    @cached_property
     def num_rows(self) -> int:
         """Rows that a batch must have to hold them all."""
         return max((*self.cond, *self.uncond), default=-1) + 1
@@ -69,3 +70,14 @@ class BranchRows:
             rows = [self.cond, self.uncond]
             self._tensors[device] = torch.tensor(rows, dtype=torch.int32, device=device)
         return self._tensors[device]
+
+
+# Kept, because a loop asks for them in every step and each holds its tensors.
+@lru_cache(maxsize=64)
+def _both(batch: int) -> BranchRows:
+    return BranchRows(tuple(range(batch, 2 * batch)), tuple(range(batch)))
+
+
+@lru_cache(maxsize=64)
+def _cond_only(batch: int) -> BranchRows:
+    return BranchRows(tuple(range(batch)), (-1,) * batch)

@@ -115,7 +115,7 @@ class StepState:
             return
         buffer = self.ordered(self.model_input)
         for b, row in enumerate(self.positions):
-            line = self.table.rows[row].tolist()
+            line = self.table.lines[row]
             branches = [self.inputs.cond[b]]
             if line[Column.BOTH]:
                 branches.append(self.inputs.uncond[b])

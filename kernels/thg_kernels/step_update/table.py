@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -107,6 +108,12 @@ class StepTable:
             if not isinstance(slot, int) or not 0 <= slot < self.num_slots:
                 raise InvalidInput("sample_slots", slot, f"there are {self.num_slots} slots.")
 
+    @cached_property
+    def lines(self) -> list[list[float]]:
+        """``rows`` as plain floats, for hosts that look at every step."""
+        lines: list[list[float]] = self.rows.tolist()
+        return lines
+
     @property
     def num_rows(self) -> int:
         """Rows, the terminal ones included."""
@@ -117,7 +124,7 @@ class StepTable:
         """Registers that a sample needs."""
         return (self.rows.shape[1] - HEAD) // 4
 
-    @property
+    @cached_property
     def uses(self) -> Uses:
         """What the kernels have to be able to do for these rows."""
         both = self.rows[:, Column.BOTH] != 0
@@ -132,19 +139,18 @@ class StepTable:
         }
         return Uses(sum(use for use, is_found in found.items() if is_found))
 
-    @property
+    @cached_property
     def has_noise(self) -> bool:
         """Whether any row adds noise."""
         return bool((self.rows[:, Column.NOISE] != 0).any())
 
     def weights(self, name: str) -> Tensor:
         """One of `WEIGHTS`, shape ``(num_rows, num_slots)``; a view."""
-        begin = HEAD + WEIGHTS.index(name) * self.num_slots
-        return self.rows[:, begin : begin + self.num_slots]
+        return self.rows[:, weight_columns(name, self.num_slots)]
 
     def flag(self, row: int, column: Column) -> bool:
         """A 0/1 column of one row."""
-        return bool(self.rows[row, column])
+        return self.lines[row][column] != 0.0
 
     def bytes_per_element(self, row: int, itemsize: int, outputs: int | None = None) -> int:
         """Bytes that ``row`` has to move per latent element of one sample.
@@ -175,6 +181,12 @@ def blank_rows(num_rows: int, num_slots: int) -> Tensor:
     rows = torch.zeros(num_rows, HEAD + 4 * num_slots, dtype=torch.float64, device="cpu")
     rows[:, Column.SLOT_SAMPLE : Column.SLOT_STATE + 1] = -1
     return rows
+
+
+def weight_columns(name: str, num_slots: int) -> slice:
+    """Where one of `WEIGHTS` stands in a row."""
+    begin = HEAD + WEIGHTS.index(name) * num_slots
+    return slice(begin, begin + num_slots)
 
 
 def stack(tables: Sequence[StepTable]) -> tuple[StepTable, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from thg_kernels.step_update import (
     StepTable,
     choose_backend,
     step_update,
+    weight_columns,
 )
 
 from ...guidance import GuidanceRow
@@ -68,7 +69,9 @@ class FusedStep:
         registers = torch.float64 if wide else torch.float32
         self.state = StepState(table, x, model_dtype=model_dtype, register_dtype=registers)
         self.backend = choose_backend(x.device, wide)
-        self._delta_slots = table.rows[:, Column.SLOT_DELTA]  # as planned, before any patch
+        self._delta_slots = [
+            line[Column.SLOT_DELTA] for line in table.lines
+        ]  # as planned, before any patch
         self._valid: set[int] = set()
         self._last, self._version = x, 0 if x.is_inference() else x._version
 
@@ -88,16 +91,20 @@ class FusedStep:
 
     def is_short(self, row: int) -> bool:
         """Whether the delta of ``row`` would read what has not been written, or is stale."""
-        table = self.state.table
-        reads = (table.weights("to_delta")[row] != 0) | (table.weights("to_change")[row] != 0)
-        return any(slot not in self._valid for slot in reads.nonzero().flatten().tolist())
+        line, num_slots = self.state.table.lines[row], self.state.table.num_slots
+        for name in ("to_delta", "to_change"):
+            for slot, weight in enumerate(line[weight_columns(name, num_slots)]):
+                if weight != 0.0 and slot not in self._valid:
+                    return True
+        return False
 
     def held(self, row: int, cond: Tensor) -> Tensor:
         """Delta of ``row`` in torch, for a host that wants the tensor: float32, shape of cond."""
-        table, registers = self.state.table, self.state.registers
+        registers, num_slots = self.state.registers, self.state.table.num_slots
+        line = self.state.table.lines[row]
         delta = torch.zeros_like(cond, dtype=torch.float32)
         for name in ("to_delta", "to_change"):
-            for slot, weight in enumerate(table.weights(name)[row].tolist()):
+            for slot, weight in enumerate(line[weight_columns(name, num_slots)]):
                 if weight != 0.0:
                     past = self.state.logical(registers[slot])
                     value = past if name == "to_delta" else cond.float() - past
@@ -106,7 +113,7 @@ class FusedStep:
 
     def scaled(self, sample: Tensor) -> Tensor:
         """What the denoiser is fed in the next row; the sample itself where nothing is scaled."""
-        scale = float(self.state.table.rows[self.row, Column.INPUT_SCALE]) if not self.done else 1.0
+        scale = self.state.table.lines[self.row][Column.INPUT_SCALE] if not self.done else 1.0
         return sample if scale == 1.0 else sample * scale
 
     def step(self, output: Tensor, sample: Tensor, generator: Any = None) -> Tensor:
@@ -158,13 +165,13 @@ class FusedStep:
 
     def _rescale(self, scale: float, source: Outputs) -> None:
         """Bring the row in line with what the pipeline did: the scale, and a refresh."""
-        line = self.state.table.rows[self.row]
+        line = self.state.table.lines[self.row]
         weight = (scale - 1.0) * source.guidance.boost
         held = source.guidance.delta_weights or source.guidance.cond_change_weights
         if not (source.guidance.evaluates_both or held):
             weight = 0.0
         both = source.guidance.evaluates_both
-        if both != bool(line[Column.BOTH]) or abs(weight - float(line[Column.GUIDANCE])) > 1e-9:
+        if both != bool(line[Column.BOTH]) or abs(weight - line[Column.GUIDANCE]) > 1e-9:
             self._patch(both, weight)
 
     def _patch(self, evaluates_both: bool, weight: float) -> None:
@@ -173,25 +180,25 @@ class FusedStep:
         A row that was to read the newest delta and evaluates both instead puts the fresh one into
         its place.
         """
-        rows = self.state.table.rows.clone()
-        table = StepTable(rows, self.state.table.sample_slots)
+        rows, slots = self.state.table.rows.clone(), self.state.table.num_slots
         line, at = rows[self.row], self.row
         if evaluates_both and not line[Column.BOTH]:
-            kept = [slot for slot in self._delta_slots[:at].tolist() if slot >= 0.0]
-            if kept and table.weights("to_delta")[at, int(kept[-1])] != 0:
+            kept = [slot for slot in self._delta_slots[:at] if slot >= 0.0]
+            if kept and line[weight_columns("to_delta", slots)][int(kept[-1])] != 0:
                 line[Column.SLOT_DELTA] = kept[-1]
         elif not evaluates_both and line[Column.BOTH]:
             line[Column.SLOT_DELTA] = -1.0
         if weight == 0.0:
             line[Column.SLOT_COND] = -1.0
-        table.weights("to_delta")[at] *= float(not evaluates_both and weight != 0.0)
-        table.weights("to_change")[at] *= float(not evaluates_both and weight != 0.0)
+        if evaluates_both or weight == 0.0:
+            line[weight_columns("to_delta", slots)] = 0.0
+            line[weight_columns("to_change", slots)] = 0.0
         line[Column.BOTH], line[Column.GUIDANCE] = float(evaluates_both), weight
-        self.state.replace_table(table)
+        self.state.replace_table(StepTable(rows, self.state.table.sample_slots))
 
     def _note_writes(self, row: int) -> None:
         """Which slots hold deltas and outputs that a later row may read."""
-        line = self.state.table.rows[row].tolist()
+        line = self.state.table.lines[row]
         for column in (Column.SLOT_DELTA, Column.SLOT_COND):
             if line[column] >= 0:
                 self._valid.add(int(line[column]))

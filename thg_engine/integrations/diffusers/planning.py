@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from ...errors import InvalidArgument, UntraceableScheduler
@@ -11,7 +12,7 @@ from ...guidance import GuidanceRow
 from ...lowering import plan_from_table
 from ...plan import SamplingPlan
 from ...schedule import grid_points, model_timesteps
-from ...table import SolverRow
+from ...table import SolverRow, SolverTable
 from ...trace import trace
 
 Solver = tuple[SamplingPlan, tuple[SolverRow, ...]]
@@ -57,7 +58,13 @@ def fused_plan(
         return f"{table.name} keeps more between its steps than samples and outputs"
     if len(table.rows) != len(guidance.chosen):
         return f"{table.name} takes {len(table.rows)} steps in {len(guidance.chosen)} model calls"
-    return plan_from_table(table, guidance, guidance_scale), table.rows
+    return _lowered(table, guidance, guidance_scale), table.rows
+
+
+@lru_cache(maxsize=64)
+def _lowered(table: SolverTable, guidance: ChosenRows, guidance_scale: float) -> SamplingPlan:
+    """Tables and rows repeat from call to call, and so does the plan."""
+    return plan_from_table(table, guidance, guidance_scale)
 
 
 def noise_levels(scheduler: Any, num_rows: int) -> tuple[Sequence[float], tuple[str, ...]]:

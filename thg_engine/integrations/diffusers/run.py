@@ -74,6 +74,7 @@ class PipelineRun:
         self.backend = ""
         self.unfused = NOT_YET if make_fused is not None else "turned off"
         self._rows: Rows = ()
+        self._is_full = False
         self._held = HeldGuidance()
         self._embeds: tuple[Tensor, int] | None = None
 
@@ -102,6 +103,7 @@ class PipelineRun:
         if self.plan is None:
             self._rows, self.plan = self._make_plan()
             self._held = HeldGuidance(self._rows)
+            self._is_full = all(row.evaluates_both and row.boost == 1.0 for row in self._rows)
         named = {**dict(zip(self.record.arguments, args, strict=False)), **kwargs}
         self._watch_embeds(named)
         row, half = self._choose(index, named)
@@ -120,7 +122,7 @@ class PipelineRun:
             self._fall_back(f"more model calls than the {len(self._rows)} timesteps of the run")
             return None, None
         row = self._rows[index]
-        if all(other.evaluates_both and other.boost == 1.0 for other in self._rows):
+        if self._is_full:
             return row, None
         try:
             # Tried in rows that evaluate both, too: a run that cannot hold is not boosted either.
