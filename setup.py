@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent
 FOLDER = Path("thg_kernels", "step_update")
 RECORD = "native_build.json"
 OLDEST_TORCH = (2, 10)
-AGAIN = "then install this package again: pip install --no-deps --force-reinstall"
+AGAIN = "then install this package again (pip install --no-deps --force-reinstall ...)"
 
 
 def find_program(name: str) -> str | None:

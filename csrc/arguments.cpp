@@ -12,7 +12,8 @@ using torch::headeronly::ScalarType;
 using torch::headeronly::toString;
 
 // The sizes of a tensor from dimension `first` on must be those of `like` from `like_first` on.
-bool same_sizes(const Tensor& value, std::size_t first, const Tensor& like, std::size_t like_first) {
+bool same_sizes(const Tensor& value, std::size_t first, const Tensor& like,
+                std::size_t like_first) {
   const auto sizes = value.sizes();
   const auto wanted = like.sizes();
   if (sizes.size() - first != wanted.size() - like_first) return false;

@@ -149,12 +149,13 @@ __device__ unsigned long long slots_read(const float* line, int num_slots) {
   return found;
 }
 
-// What becomes of the slots in `left`: sums for the sample, the state and, unless the row has both branches,
-// the delta.
+// What becomes of the slots in `left`: sums for the sample, the state and, unless the row has both
+// branches, the delta.
 template <Access kAccess>
-__device__ void sum_slots(const float* line, int num_slots, const float* slots, std::int64_t stride,
-                          const Elements<kAccess>& elements, unsigned long long left,
-                          const Values& cond, Values& sample, Values& state, Values& delta) {
+__device__ void sum_slots(const float* line, int num_slots, const float* slots,
+                          std::int64_t stride, const Elements<kAccess>& elements,
+                          unsigned long long left, const Values& cond, Values& sample,
+                          Values& state, Values& delta) {
   const bool both = line[kBoth] != 0.0F;
   while (left != 0) {
     int which[kFetch];
@@ -202,6 +203,22 @@ __device__ void store_any(const Values& from, float scale, void* to, Dtype dtype
   }
 }
 
+// x_next as the caller's sample and, scaled, as the next input of the branches the next row runs.
+template <Access kAccess>
+__device__ void write_outputs(const StepArgs& args, const float* following, std::int64_t b,
+                              const Elements<kAccess>& elements, const Values& sample) {
+  if (args.sample != nullptr) {
+    store_any(sample, 1.0F, args.sample, args.sample_dtype, b * args.numel, elements);
+  }
+  if (args.input_rows == nullptr || args.model_input == nullptr) return;
+  for (int branch = 0; branch < (following[kBoth] != 0.0F ? 2 : 1); ++branch) {
+    const std::int64_t row = args.input_rows[branch * args.batch + b];
+    if (row < 0 || row >= args.num_inputs) continue;
+    store_any(sample, following[kInputScale], args.model_input, args.input_dtype, row * args.numel,
+              elements);
+  }
+}
+
 // The row's arithmetic for the elements of one thread: everything is read before the first store.
 template <typename T, Access kAccess>
 __device__ void update(const StepArgs& args, const float* line, const float* following,
@@ -240,16 +257,7 @@ __device__ void update(const StepArgs& args, const float* line, const float* fol
   keep(kSlotCond, cond);
   keep(kSlotDelta, delta);
   keep(kSlotState, state);
-  if (args.sample != nullptr) {
-    store_any(sample, 1.0F, args.sample, args.sample_dtype, b * args.numel, elements);
-  }
-  if (args.input_rows == nullptr || args.model_input == nullptr) return;
-  for (int branch = 0; branch < (following[kBoth] != 0.0F ? 2 : 1); ++branch) {
-    const std::int64_t row = args.input_rows[branch * args.batch + b];
-    if (row < 0 || row >= args.num_inputs) continue;
-    store_any(sample, following[kInputScale], args.model_input, args.input_dtype, row * args.numel,
-              elements);
-  }
+  write_outputs(args, following, b, elements, sample);
 }
 
 __device__ void write_timesteps(const StepArgs& args, const float* following, std::int64_t b) {

@@ -33,8 +33,8 @@ UpdateBlocks* chosen_variant() {
   return portable::update_blocks;
 }
 
-void check_row(const StepArgs& args, std::int64_t sample, const char* name, const std::int32_t* rows,
-               std::int64_t count) {
+void check_row(const StepArgs& args, std::int64_t sample, const char* name,
+               const std::int32_t* rows, std::int64_t count) {
   for (const std::int64_t at : {sample, args.batch + sample}) {
     STD_TORCH_CHECK(rows[at] < count, name, " names row ", rows[at], " for sample ", sample,
                     ", but there are ", count);

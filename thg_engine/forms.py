@@ -64,34 +64,23 @@ def unroll(scheduler: Any, start: int, step_kwargs: Mapping[str, Any], edits: bo
         NotLinear: the reason why there are none.
     """
     rows = len(model_timesteps(scheduler)) - start
-    drawn_from, edited_from = 1 + rows, 1 + rows * (1 + _DRAWS_PER_ROW)
+    edited_from = 1 + rows * (1 + _DRAWS_PER_ROW)
     size = edited_from + rows * edits
-    drawn: list[int] = []
-    dtypes: list[str] = []
-
-    def draw(shape: Sequence[int], dtype: torch.dtype | None) -> torch.Tensor:
-        if tuple(shape) != (1, 1, 1, size):
-            raise NotLinear(f"it draws noise of shape {tuple(shape)}, not of its sample")
-        if len(drawn) == rows * _DRAWS_PER_ROW:
-            raise NotLinear(f"it draws more than {_DRAWS_PER_ROW} noises a step")
-        drawn.append(drawn_from + len(drawn))
-        dtypes.append("float32" if dtype is torch.float32 else "model")
-        return _unit(drawn[-1], size)
-
+    noise = _Draws(1 + rows, rows * _DRAWS_PER_ROW, size)
     run = SchedulerRun(scheduler, start, step_kwargs)
     x = _unit(0, size)
     given, made, kept = [], [], []
     forms = Forms(np.empty(0), np.empty(0))
-    with torch.no_grad(), on_cpu(), NoiseMode(draw, wide=True):
+    with torch.no_grad(), on_cpu(), NoiseMode(noise, wide=True):
         for i in range(rows):
-            before = len(drawn)
             if edits and i:
                 x = x + _unit(edited_from + i, size)
             given.append(x)
             forms.scales.append(_ratio(run.scaled(i, x), x))
             x = run.step(i, _unit(1 + i, size), x)
-            forms.noises.append(tuple(drawn[before:]))
-            forms.noise_dtypes.append(() if run.intervals else tuple(dtypes[before:]))
+            drawn, dtypes = noise.taken()
+            forms.noises.append(drawn)
+            forms.noise_dtypes.append(() if run.intervals else dtypes)
             if x.shape != given[0].shape:
                 raise NotLinear("it changes the shape of the sample")
             if not torch.isfinite(x).all():
@@ -102,6 +91,32 @@ def unroll(scheduler: Any, start: int, step_kwargs: Mapping[str, Any], edits: bo
     common = set.intersection(*map(set, kept)) if edits else set()
     forms.states = {name: _matrix([state[name] for state in kept]) for name in sorted(common)}
     return forms
+
+
+class _Draws:
+    """Unit vectors in place of noise, from basis index ``first`` on, at most ``most``."""
+
+    def __init__(self, first: int, most: int, size: int) -> None:
+        self.following, self.end, self.size = first, first + most, size
+        self._indices: list[int] = []
+        self._dtypes: list[str] = []
+
+    def __call__(self, shape: Sequence[int], dtype: torch.dtype | None) -> torch.Tensor:
+        if tuple(shape) != (1, 1, 1, self.size):
+            raise NotLinear(f"it draws noise of shape {tuple(shape)}, not of its sample")
+        if self.following == self.end:
+            raise NotLinear(f"it draws more than {_DRAWS_PER_ROW} noises a step")
+        self._indices.append(self.following)
+        self._dtypes.append("float32" if dtype is torch.float32 else "model")
+        self.following += 1
+        return _unit(self._indices[-1], self.size)
+
+    def taken(self) -> tuple[tuple[int, ...], tuple[str, ...]]:
+        """Indices and dtypes drawn since the last time."""
+        taken = tuple(self._indices), tuple(self._dtypes)
+        self._indices.clear()
+        self._dtypes.clear()
+        return taken
 
 
 def _unit(index: int, size: int) -> torch.Tensor:

@@ -108,39 +108,31 @@ class _Reader:
             }
         )
         before = list(self.stacks["S"])
-        for letter, shifts in (
-            ("C", True),
-            ("E", True),
-            ("D", row.evaluates_both),
-            ("S", row.updates_state),
-        ):
-            if shifts:
-                self.stacks[letter].insert(0, (letter, i))
-                line.makes.append((letter, i))
-        if not row.evaluates_both and row.guidance_weight != 0.0:
-            changes = (0.0, *row.cond_change_weights)
-            self._add(line, i, "to_delta", "D", row.delta_weights, None)
-            self._add(line, i, "to_change", "C", changes, None)
-        for letter, weights, column in (
-            ("X", row.sample_weights, None),
-            ("E", row.guided_weights, Column.FROM_GUIDED),
-            ("C", row.cond_weights, Column.FROM_COND),
-            ("D", row.step_delta_weights, Column.FROM_DELTA),
-            ("S", row.state_weights, Column.FROM_STATE),
-        ):
-            self._add(line, i, "to_sample", letter, weights, column)
-        for letter, weights, column in (
-            ("X", row.state_sample_update, None),
-            ("E", row.state_guided_update, Column.STATE_FROM_GUIDED),
-            ("D", row.state_delta_update, Column.STATE_FROM_DELTA),
-        ):
-            self._add(line, i, "to_state", letter, weights, column)
+        self._shift(line, i, row)
         for value, weight in zip(before, row.state_update, strict=False):
             if weight != 0.0:
                 line.weights.setdefault("to_state", {})[value] = weight
+        if not row.evaluates_both and row.guidance_weight != 0.0:
+            self._add(line, i, "to_delta", "D", row.delta_weights, None)
+            self._add(line, i, "to_change", "C", (0.0, *row.cond_change_weights), None)
+        self._add(line, i, "to_sample", "X", row.sample_weights, None)
+        self._add(line, i, "to_sample", "E", row.guided_weights, Column.FROM_GUIDED)
+        self._add(line, i, "to_sample", "C", row.cond_weights, Column.FROM_COND)
+        self._add(line, i, "to_sample", "D", row.step_delta_weights, Column.FROM_DELTA)
+        self._add(line, i, "to_sample", "S", row.state_weights, Column.FROM_STATE)
+        self._add(line, i, "to_state", "X", row.state_sample_update, None)
+        self._add(line, i, "to_state", "E", row.state_guided_update, Column.STATE_FROM_GUIDED)
+        self._add(line, i, "to_state", "D", row.state_delta_update, Column.STATE_FROM_DELTA)
         self.stacks["X"].insert(0, ("X", i + 1))
         line.makes.append(("X", i + 1))
         return line
+
+    def _shift(self, line: _Line, i: int, row: Row) -> None:
+        """Put what row ``i`` makes ahead of what earlier rows have made."""
+        for letter in "CEDS":
+            if (letter != "D" or row.evaluates_both) and (letter != "S" or row.updates_state):
+                self.stacks[letter].insert(0, (letter, i))
+                line.makes.append((letter, i))
 
     def _add(
         self,

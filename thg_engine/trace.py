@@ -27,7 +27,7 @@ from .errors import InvalidArgument, UntraceableScheduler
 from .forms import fit_rows, unroll
 from .schedule import grid_points, model_timesteps, prediction_type, setting
 from .scheduler_run import NoiseMode, NotLinear, SchedulerRun, clone, fingerprint, on_cpu
-from .table import SolverTable
+from .table import SolverRow, SolverTable
 
 MAX_RESIDUAL = 1e-5  # float32 samples inside a step give up to 1e-6, clipping more than 1e-2
 CACHE_SIZE = 128
@@ -267,27 +267,45 @@ def _residual(
 
     run = SchedulerRun(scheduler, start, step_kwargs)
     x = normal() * size * table.initial_scale
-    samples, worst = [x], 0.0
-    outputs: list[torch.Tensor] = []
-    states: list[torch.Tensor] = []
+    follow, worst = _Follow(x), 0.0
     with torch.no_grad(), on_cpu():
         for i, row in enumerate(table.rows):
-            outputs.insert(0, normal() * size)
             if edits and i:
                 edit = 0.1 * normal() * size
-                samples[0], x = samples[0] + edit, x + edit
+                follow.samples[0], x = follow.samples[0] + edit, x + edit
+            output = normal() * size
+            noise.clear()
             with NoiseMode(draw, wide):
-                scaled, x = run.scaled(i, x), run.step(i, outputs[0], x)
-            worst = max(worst, _deviation(row.input_scale * samples[0], scaled))
-            if row.state_weights:
-                update = ((row.state_update, states), (row.state_sample_update, samples))
-                states = [_sum(*update, (row.state_output_update, outputs))]
-            following = row.noise_weight * noise[-1] if row.noise_weight else torch.zeros(())
-            following = following + _sum((row.state_weights, states), (row.output_weights, outputs))
-            following = following + _sum((row.sample_weights, samples))
-            samples.insert(0, following)
-            worst = max(worst, _deviation(following, x))
+                scaled, x = run.scaled(i, x), run.step(i, output, x)
+            worst = max(worst, _deviation(row.input_scale * follow.samples[0], scaled))
+            worst = max(worst, _deviation(follow.step(row, output, noise), x))
     return worst
+
+
+class _Follow:
+    """Runs the rows of a table on values, newest first."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.samples: list[torch.Tensor] = [x]
+        self.outputs: list[torch.Tensor] = []
+        self.states: list[torch.Tensor] = []
+
+    def step(
+        self, row: SolverRow, output: torch.Tensor, noise: Sequence[torch.Tensor]
+    ) -> torch.Tensor:
+        self.outputs.insert(0, output)
+        if row.state_weights:
+            update = (row.state_update, self.states), (row.state_sample_update, self.samples)
+            self.states = [_sum(*update, (row.state_output_update, self.outputs))]
+        following = _sum(
+            (row.sample_weights, self.samples),
+            (row.output_weights, self.outputs),
+            (row.state_weights, self.states),
+        )
+        if row.noise_weight != 0.0:
+            following = following + row.noise_weight * noise[row.noise_draw]
+        self.samples.insert(0, following)
+        return following
 
 
 def _sum(*columns: tuple[Sequence[float], Sequence[torch.Tensor]]) -> torch.Tensor:

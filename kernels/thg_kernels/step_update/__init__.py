@@ -67,12 +67,27 @@ def step_update(
     active = _check_call(state, model_output, outputs, noise, sample)
     wide = torch.float64 in (state.registers.dtype, state.model_dtype, model_output.dtype)
     run = _backend(backend, state, wide)
-    values, layout = _readable(state.ordered(model_output))
-    target = sample
-    if sample is not None:
+    if sample is None:
+        _launch(run, state, model_output, outputs, noise, None)
+    else:
         target = state.ordered(sample)
-        if not target.is_contiguous():
-            target = target.contiguous()
+        dense = target.contiguous()
+        _launch(run, state, model_output, outputs, noise, dense)
+        if dense.data_ptr() != target.data_ptr():
+            target.copy_(dense)
+    state.advance(active)
+
+
+def _launch(
+    run: op.Backend,
+    state: StepState,
+    model_output: Tensor,
+    outputs: BranchRows,
+    noise: Tensor | None,
+    sample: Tensor | None,
+) -> None:
+    """Hand a backend what `op` says it is given; ``sample`` is contiguous in memory order."""
+    values, layout = _readable(state.ordered(model_output))
     run(
         state.registers,
         state.cursor,
@@ -82,14 +97,11 @@ def step_update(
         None if state.model_input is None else state.ordered(state.model_input),
         state.timestep,
         None if state.inputs is None else state.inputs.tensor(state.device),
-        target,
+        sample,
         None if noise is None else state.ordered(noise).contiguous(),
         int(state.uses),
         layout,
     )
-    if sample is not None and target is not None and target.data_ptr() != sample.data_ptr():
-        state.ordered(sample).copy_(target)
-    state.advance(active)
 
 
 def choose_backend(device: torch.device, wide: bool = False) -> str:

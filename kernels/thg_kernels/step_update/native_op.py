@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -59,7 +59,7 @@ def _why_not_loaded(backend: str) -> str:
         wanted = ".".join(map(str, OLDEST_TORCH))
         return f"its library needs torch {wanted} or newer, this is {torch.__version__}."
     try:
-        torch.ops.load_library(path)
+        cast(Any, torch.ops).load_library(str(path))  # untyped in torch
         if backend == "cpu":
             torch.library.register_fake("thg_engine::step_update", _nothing_returned)
     except (OSError, RuntimeError) as error:
@@ -75,11 +75,12 @@ def _nothing_returned(*args: object, **kwargs: object) -> None:
 def _why_not_built(backend: str) -> str:
     """What the build left on record."""
     try:
-        record = json.loads((FOLDER / RECORD).read_text(encoding="utf-8"))
-        reason = record[backend]
+        reason = json.loads((FOLDER / RECORD).read_text(encoding="utf-8"))[backend]
     except (OSError, ValueError, KeyError, TypeError):
-        reason = ""
-    return f"its library was not built: {reason or TO_BUILD}."
+        reason = None
+    if not reason or not isinstance(reason, str):
+        reason = TO_BUILD
+    return f"its library was not built: {reason}."
 
 
 def _torch_version() -> tuple[int, ...]:

@@ -87,57 +87,6 @@ def why_no_triton() -> str:
 @cache
 def triton_backend() -> Backend:
     """The Triton operator, registered on first use: ImportError where Triton is missing."""
-    from .triton_kernel import step_update_kernel
-
-    def step_update_triton(
-        registers: Tensor,
-        cursor: Tensor,
-        table: Tensor,
-        model_output: Tensor,
-        output_rows: Tensor,
-        model_input: Tensor | None,
-        timestep: Tensor | None,
-        input_rows: Tensor | None,
-        sample: Tensor | None,
-        noise: Tensor | None,
-        uses: int,
-        layout: Sequence[int],
-    ) -> None:
-        num_slots, batch = registers.shape[:2]
-        numel = prod(registers.shape[2:])
-        block, warps = BLOCKS["small" if batch * numel < SMALL else "large"]
-        # At least one program, so that cursors move on also where there are no elements.
-        blocks = max(1, (numel + block - 1) // block)
-        n1, n2, s0, s1, s2 = layout
-        torch.library.wrap_triton(step_update_kernel)[(blocks, batch)](
-            registers_ptr=registers,
-            cursor_ptr=cursor,
-            table_ptr=table,
-            output_ptr=model_output,
-            output_rows_ptr=output_rows,
-            input_ptr=model_input,
-            timestep_ptr=timestep,
-            input_rows_ptr=input_rows,
-            sample_ptr=sample,
-            noise_ptr=noise,
-            num_rows=table.shape[0],
-            batch=batch,
-            numel=numel,
-            slot_stride=batch * numel,
-            blocks=blocks,
-            output_stride=model_output.stride(0),
-            n1=n1,
-            n2=n2,
-            s0=s0,
-            s1=s1,
-            s2=s2,
-            SLOTS=num_slots,
-            USES=uses,
-            STRIDED=tuple(layout) != FLAT,
-            BLOCK=block,
-            num_warps=warps,
-        )
-
     name = "thg_engine::step_update_triton"
     if interpreted():
         # The interpreter computes on the spot and cannot be traced into: opaque to torch.compile.
@@ -145,3 +94,27 @@ def triton_backend() -> Backend:
         opaque.register_fake(_nothing_returned)
         return opaque
     return torch.library.triton_op(name, step_update_triton, mutates_args=MUTATES)
+
+
+def step_update_triton(
+    registers: Tensor, cursor: Tensor, table: Tensor, model_output: Tensor, output_rows: Tensor,
+    model_input: Tensor | None, timestep: Tensor | None, input_rows: Tensor | None,
+    sample: Tensor | None, noise: Tensor | None, uses: int, layout: Sequence[int],
+) -> None:  # fmt: skip
+    """Launch the Triton kernel; arguments as above."""
+    from .triton_kernel import step_update_kernel
+
+    num_slots, batch = registers.shape[:2]
+    numel = prod(registers.shape[2:])
+    block, warps = BLOCKS["small" if batch * numel < SMALL else "large"]
+    # At least one program, so that cursors move on also where there are no elements.
+    blocks = max(1, (numel + block - 1) // block)
+    n1, n2, s0, s1, s2 = layout
+    torch.library.wrap_triton(step_update_kernel)[(blocks, batch)](
+        registers_ptr=registers, cursor_ptr=cursor, table_ptr=table, output_ptr=model_output,
+        output_rows_ptr=output_rows, input_ptr=model_input, timestep_ptr=timestep,
+        input_rows_ptr=input_rows, sample_ptr=sample, noise_ptr=noise, num_rows=table.shape[0],
+        batch=batch, numel=numel, slot_stride=batch * numel, blocks=blocks,
+        output_stride=model_output.stride(0), n1=n1, n2=n2, s0=s0, s1=s1, s2=s2,
+        SLOTS=num_slots, USES=uses, STRIDED=tuple(layout) != FLAT, BLOCK=block, num_warps=warps,
+    )  # fmt: skip

@@ -6,11 +6,12 @@ Same signature as the other backends, see `thg_kernels.step_update.op`; never im
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .table import HEAD, WEIGHTS, Column
+from .table import HEAD, WEIGHTS, Column, weight_columns
 
 
 def step_update_reference(
@@ -73,50 +74,59 @@ def _row(
     noise: Tensor | None,
 ) -> Tensor:
     """The arithmetic of one row for the samples ``index``; returns x_next in float64."""
-    num_slots = len(registers)
-    weights = {
-        name: line[HEAD + k * num_slots : HEAD + (k + 1) * num_slots]
-        for k, name in enumerate(WEIGHTS)
-    }
-
-    def total(name: str) -> Tensor:
-        value = torch.zeros_like(cond)
-        for slot, weight in enumerate(weights[name]):
-            if weight != 0.0:
-                value = value + weight * registers[slot].index_select(0, index).double()
-        return value
-
-    if uncond is None:
-        delta = total("to_delta")
-        for slot, weight in enumerate(weights["to_change"]):
-            if weight != 0.0:
-                past = registers[slot].index_select(0, index).double()
-                delta = delta + weight * (cond - past)
-    else:
-        delta = cond - uncond
+    past = [_Past(registers, index, slot) for slot in range(len(registers))]
+    delta = _held_delta(line, past, cond) if uncond is None else cond - uncond
     guided = _plus(cond, line[Column.GUIDANCE], delta)
-    state = _plus(total("to_state"), line[Column.STATE_FROM_GUIDED], guided)
+    state = _total(line, past, "to_state", cond)
+    state = _plus(state, line[Column.STATE_FROM_GUIDED], guided)
     state = _plus(state, line[Column.STATE_FROM_DELTA], delta)
-    x_next = total("to_sample")
-    for column, value in (
-        (Column.FROM_GUIDED, guided),
-        (Column.FROM_COND, cond),
-        (Column.FROM_DELTA, delta),
-        (Column.FROM_STATE, state),
-    ):
-        x_next = _plus(x_next, line[column], value)
+    x_next = _total(line, past, "to_sample", cond)
+    x_next = _plus(x_next, line[Column.FROM_GUIDED], guided)
+    x_next = _plus(x_next, line[Column.FROM_COND], cond)
+    x_next = _plus(x_next, line[Column.FROM_DELTA], delta)
+    x_next = _plus(x_next, line[Column.FROM_STATE], state)
     if noise is not None:
         x_next = _plus(x_next, line[Column.NOISE], noise)
-    for column, value in (
-        (Column.SLOT_SAMPLE, x_next),
-        (Column.SLOT_GUIDED, guided),
-        (Column.SLOT_COND, cond),
-        (Column.SLOT_DELTA, delta),
-        (Column.SLOT_STATE, state),
-    ):
-        if line[column] >= 0.0:
-            registers[int(line[column])].index_copy_(0, index, value.to(registers.dtype))
+    # Stored when all has been read: a row may write over what it reads for the last time.
+    slots = line[Column.SLOT_SAMPLE : Column.SLOT_STATE + 1]
+    for slot, value in zip(slots, (x_next, guided, cond, delta, state), strict=True):
+        if slot >= 0.0:
+            registers[int(slot)].index_copy_(0, index, value.to(registers.dtype))
     return x_next
+
+
+@dataclass(frozen=True)
+class _Past:
+    """One slot of the samples ``index``, read on demand: what nobody weighs may hold anything."""
+
+    registers: Tensor
+    index: Tensor
+    slot: int
+
+    def value(self) -> Tensor:
+        return self.registers[self.slot].index_select(0, self.index).double()
+
+
+def _weights(line: list[float], name: str) -> list[float]:
+    return line[weight_columns(name, (len(line) - HEAD) // len(WEIGHTS))]
+
+
+def _total(line: list[float], past: Sequence[_Past], name: str, like: Tensor) -> Tensor:
+    """sum_s weight_s R_s over the slots of weight other than 0."""
+    total = torch.zeros_like(like)
+    for slot, weight in zip(past, _weights(line, name), strict=True):
+        if weight != 0.0:
+            total = total + weight * slot.value()
+    return total
+
+
+def _held_delta(line: list[float], past: Sequence[_Past], cond: Tensor) -> Tensor:
+    """The delta of a row without unconditional output."""
+    delta = _total(line, past, "to_delta", cond)
+    for slot, weight in zip(past, _weights(line, "to_change"), strict=True):
+        if weight != 0.0:
+            delta = delta + weight * (cond - slot.value())
+    return delta
 
 
 def _plus(value: Tensor, weight: float, term: Tensor) -> Tensor:

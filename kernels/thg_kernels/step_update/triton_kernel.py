@@ -36,6 +36,16 @@ def _load_output(ptr, row, offsets, numel, stride, n1, n2, s0, s1, s2, STRIDED: 
 
 
 @triton.jit
+def _slot_weights(row, slot: tl.constexpr, both, SLOTS: tl.constexpr):
+    """Weights of one slot (to sample, state, delta, change), and whether any of them counts."""
+    first = row + HEAD + slot
+    to_sample, to_state = tl.load(first), tl.load(first + SLOTS)
+    to_delta, to_change = tl.load(first + 2 * SLOTS), tl.load(first + 3 * SLOTS)
+    used = ((to_delta != 0.0) | (to_change != 0.0)) & (both == 0)
+    return to_sample, to_state, to_delta, to_change, used | (to_sample != 0.0) | (to_state != 0.0)
+
+
+@triton.jit
 def _store_slot(slots, slot, slot_stride, offsets, numel, value):
     """``value`` into a slot, or nowhere where that is -1."""
     where = slots + tl.maximum(slot, 0.0).to(tl.int64) * slot_stride + offsets
@@ -43,12 +53,18 @@ def _store_slot(slots, slot, slot_stride, offsets, numel, value):
 
 
 @triton.jit
+def _store(ptr, row, numel, offsets, wanted, value):
+    """``value`` into a dense row of the model's dtype, rounded once."""
+    where = ptr + row * numel + offsets
+    tl.store(where, value.to(ptr.dtype.element_ty), _below(offsets, numel, wanted))
+
+
+@triton.jit
 def _store_input(ptr, timestep_ptr, row, numel, offsets, first, value, timestep):
     """The next model input and timestep of one branch, or nothing where its row is -1."""
     at = tl.maximum(row, 0).to(tl.int64)
     if ptr is not None:
-        value = value.to(ptr.dtype.element_ty)
-        tl.store(ptr + at * numel + offsets, value, _below(offsets, numel, row >= 0))
+        _store(ptr, at, numel, offsets, row >= 0, value)
     if timestep_ptr is not None:
         tl.store(timestep_ptr + at, timestep, mask=first & (row >= 0))
 
@@ -81,20 +97,15 @@ def step_update_kernel(
     row = table_ptr + tl.where(inside, at, 0).to(tl.int64) * (HEAD + 4 * SLOTS)
     cond_row, uncond_row = tl.load(output_rows_ptr + b), tl.load(output_rows_ptr + batch + b)
     both = tl.load(row + 1) != 0.0
-    ready = (cond_row >= 0) & ((uncond_row >= 0) | (both == 0))
-    if inside & (tl.load(row) != 0.0) & ready:
+    if inside & (tl.load(row) != 0.0) & (cond_row >= 0) & ((uncond_row >= 0) | (both == 0)):
         offsets = block * BLOCK + tl.arange(0, BLOCK)
         uncond_row = tl.where(both, uncond_row, -1)
         cond = _load_output(output_ptr, cond_row, offsets, numel, output_stride, n1, n2, s0, s1, s2, STRIDED)  # fmt: skip  # noqa: E501
         uncond = _load_output(output_ptr, uncond_row, offsets, numel, output_stride, n1, n2, s0, s1, s2, STRIDED)  # fmt: skip  # noqa: E501
         delta, state, x_next = tl.zeros_like(cond), tl.zeros_like(cond), tl.zeros_like(cond)
-        slots = registers_ptr + b * numel
-        weights, slot = row + HEAD, slots
+        slots = slot = registers_ptr + b * numel
         for s in tl.static_range(SLOTS):
-            to_sample, to_state = tl.load(weights + s), tl.load(weights + SLOTS + s)
-            to_delta, to_change = tl.load(weights + 2 * SLOTS + s), tl.load(weights + 3 * SLOTS + s)
-            used = (to_sample != 0.0) | (to_state != 0.0)
-            used = used | ((to_delta != 0.0) | (to_change != 0.0)) & (both == 0)
+            to_sample, to_state, to_delta, to_change, used = _slot_weights(row, s, both, SLOTS)
             value = tl.load(slot + offsets, _below(offsets, numel, used), other=0.0)
             slot += slot_stride
             x_next += _term(to_sample, value)
@@ -113,11 +124,9 @@ def step_update_kernel(
             x_next += _term(tl.load(row + 8), state)
             _store_slot(slots, tl.load(row + 16), slot_stride, offsets, numel, state)
         if noise_ptr is not None:
-            s_z = tl.load(row + 9)
-            z = tl.load(
-                noise_ptr + b * numel + offsets, _below(offsets, numel, s_z != 0.0), other=0.0
-            )
-            x_next += s_z * z.to(tl.float32)
+            weight, where = tl.load(row + 9), noise_ptr + b * numel + offsets
+            z = tl.load(where, _below(offsets, numel, weight != 0.0), other=0.0)
+            x_next += weight * z.to(tl.float32)
         if USES & 8:
             _store_slot(slots, tl.load(row + 13), slot_stride, offsets, numel, guided)
         if USES & 16:
@@ -126,13 +135,11 @@ def step_update_kernel(
             _store_slot(slots, tl.load(row + 15), slot_stride, offsets, numel, delta)
         _store_slot(slots, tl.load(row + 12), slot_stride, offsets, numel, x_next)
         if sample_ptr is not None:
-            where = sample_ptr + b * numel + offsets
-            tl.store(where, x_next.to(sample_ptr.dtype.element_ty), offsets < numel)
+            _store(sample_ptr, b, numel, offsets, True, x_next)
         if input_rows_ptr is not None:
             following, first = row + HEAD + 4 * SLOTS, block == 0
-            uncond_in = tl.where(
-                tl.load(following + 1) != 0.0, tl.load(input_rows_ptr + batch + b), -1
-            )
+            uncond_in = tl.load(input_rows_ptr + batch + b)
+            uncond_in = tl.where(tl.load(following + 1) != 0.0, uncond_in, -1)
             scaled, timestep = tl.load(following + 3) * x_next, tl.load(following + 2)
             _store_input(input_ptr, timestep_ptr, tl.load(input_rows_ptr + b), numel, offsets, first, scaled, timestep)  # fmt: skip  # noqa: E501
             _store_input(input_ptr, timestep_ptr, uncond_in, numel, offsets, first, scaled, timestep)  # fmt: skip  # noqa: E501

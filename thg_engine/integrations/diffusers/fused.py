@@ -184,7 +184,9 @@ class FusedStep:
         line, at = rows[self.row], self.row
         if evaluates_both and not line[Column.BOTH]:
             kept = [slot for slot in self._delta_slots[:at] if slot >= 0.0]
-            if kept and line[weight_columns("to_delta", slots)][int(kept[-1])] != 0:
+            # A delta that is read here for the last time has already given its slot away.
+            is_free = kept and kept[-1] not in line[Column.SLOT_SAMPLE : Column.SLOT_STATE + 1]
+            if is_free and line[weight_columns("to_delta", slots)][int(kept[-1])] != 0:
                 line[Column.SLOT_DELTA] = kept[-1]
         elif not evaluates_both and line[Column.BOTH]:
             line[Column.SLOT_DELTA] = -1.0
