@@ -15,20 +15,23 @@ BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt \
+  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: venv demo test lint build bench clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
 
+# torch first: the C++ of the package is built against its headers.
 $(STAMP): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "error: $(PYTHON) is older than 3.10; set PYTHON=python3.x" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' \
 	  || { echo "error: $(PYTHON) lacks venv (Debian, Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --constraint constraints.txt \
-	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) --editable ".[test,metrics]"
+	$(PIP_INSTALL) torch
+	$(PIP_INSTALL) --editable ".[test,metrics]"
 	@touch $@
 
 # Threads that sleep while they wait: spinning ones lose many times over to any other busy program.

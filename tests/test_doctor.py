@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.metadata
 import io
 import json
@@ -124,6 +125,19 @@ def test_devices_with_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
     nvml.nvmlDeviceGetHandleByUUID = refuse
     assert doctor.collect()["cuda:0"].detail.endswith("NVML: RuntimeError: not found")
+
+
+def test_backends_of_the_fused_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which are ready, which one is taken, and of the others what is missing."""
+    reasons = {"reference": "", "triton": "no device", "cuda": "nvcc was not found", "cpu": ""}
+    module = importlib.import_module("thg_kernels.step_update")
+    monkeypatch.setattr(module, "why_unavailable", reasons.__getitem__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = doctor.collect()
+    assert found["cpu backend"] == Finding(doctor.BACKENDS, True, "ready, taken on cpu")
+    assert found["reference backend"] == Finding(doctor.BACKENDS, True, "ready")
+    assert found["cuda backend"] == Finding(doctor.BACKENDS, False, "nvcc was not found")
+    assert found["triton backend"] == Finding(doctor.BACKENDS, False, "no device")
 
 
 def test_no_tools_on_path(monkeypatch: pytest.MonkeyPatch) -> None:

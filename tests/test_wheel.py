@@ -118,7 +118,19 @@ def test_wheel_has_licence_script_and_version(wheel: Path) -> None:
     source = (ROOT / "thg_engine" / "__init__.py").read_text(encoding="utf-8")
     (version,) = [line[9:] for line in metadata.splitlines() if line.startswith("Version: ")]
     assert f'__version__ = "{version}"' in source
-    assert f"-{version}-py3-none-any" in wheel.name
+    assert f"-{version}-py3-none-" in wheel.name
+
+
+def test_wheel_says_what_it_was_built_with(wheel: Path) -> None:
+    """Libraries and a platform, or a pure wheel and the reason; the record is in either."""
+    folder = "thg_kernels/step_update/"
+    with zipfile.ZipFile(wheel) as archive:
+        reasons = json.loads(archive.read(folder + "native_build.json"))
+        libraries = {name for name in archive.namelist() if name.endswith(".so")}
+    built = {backend for backend, reason in reasons.items() if not reason}
+    assert set(reasons) == {"cpu", "cuda"}
+    assert libraries == {f"{folder}libthg_step_update_{backend}.so" for backend in built}
+    assert wheel.name.endswith("-none-any.whl") == (not built)
 
 
 def test_installed_package_is_the_one_imported(venv: Path, tmp_path: Path) -> None:

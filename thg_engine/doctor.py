@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-PACKAGES, HARDWARE, TOOLS = "packages", "hardware", "tools"
+PACKAGES, HARDWARE, BACKENDS, TOOLS = "packages", "hardware", "fused step", "tools"
 
 # distribution -> how to get it; the first five are dependencies, the rest are optional.
 _REMEDIES = {
@@ -40,7 +40,7 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        section: `PACKAGES`, `HARDWARE` or `TOOLS`.
+        section: `PACKAGES`, `HARDWARE`, `BACKENDS` or `TOOLS`.
         available: whether it is there and usable.
         detail: the version or description; where not available, why not.
         remedy: how to get it; empty where it is available or nothing can be done.
@@ -57,7 +57,8 @@ def collect() -> dict[str, Finding]:
 
     Returns:
         JSON-able through `dataclasses.asdict`. Names: ``python``, ``thg-engine``, distributions,
-        ``os``, ``cpu``, ``cuda`` (there is none) or ``cuda:0``, ..., ``c++``, ``cmake``, ``nvcc``.
+        ``os``, ``cpu``, ``cuda`` (there is none) or ``cuda:0``, ..., ``reference backend`` and the
+        other backends of the fused step, ``c++``, ``cmake``, ``nvcc``.
     """
     findings = {
         "python": Finding(PACKAGES, True, f"{platform.python_version()} at {sys.executable}"),
@@ -67,6 +68,7 @@ def collect() -> dict[str, Finding]:
     findings["os"] = Finding(HARDWARE, True, platform.platform())
     findings["cpu"] = Finding(HARDWARE, True, f"{_cpu_model()}, {_cpu_count()} cores usable")
     findings.update(_guarded("cuda", _cuda_devices))
+    findings.update(_guarded("backends", _backends))
     findings["c++"] = _compiler()
     findings["cmake"] = _tool("cmake", "pip install cmake (only to build csrc/)")
     findings["nvcc"] = _tool("nvcc", "install the CUDA toolkit (only to build CUDA sources)")
@@ -92,7 +94,7 @@ def print_report(console: Console) -> None:
     from rich.text import Text
 
     findings = collect()
-    for section in (PACKAGES, HARDWARE, TOOLS):
+    for section in (PACKAGES, HARDWARE, BACKENDS, TOOLS):
         table = Table(title=section, title_justify="left", show_header=False)
         for column, ratio in (("name", 1), ("status", 1), ("detail", 5)):
             table.add_column(column, ratio=ratio, overflow="fold")
@@ -177,6 +179,23 @@ def _nvml_details(uuid: str) -> Iterator[str]:
         yield f"NVML: {_describe(error)}"
     finally:
         pynvml.nvmlShutdown()
+
+
+def _backends() -> dict[str, Finding]:
+    """What the fused step can run on, and why not on the rest; a reason says how to get it."""
+    import torch
+
+    from thg_kernels.step_update import BACKENDS as names
+    from thg_kernels.step_update import choose_backend, why_unavailable
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    default = choose_backend(torch.device(device))
+    found = {}
+    for name in names:
+        reason = why_unavailable(name)
+        detail = reason or (f"ready, taken on {device}" if name == default else "ready")
+        found[f"{name} backend"] = Finding(BACKENDS, not reason, detail)
+    return found
 
 
 def _cpu_model() -> str:

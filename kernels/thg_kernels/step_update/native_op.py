@@ -63,7 +63,8 @@ def _why_not_loaded(backend: str) -> str:
         if backend == "cpu":
             torch.library.register_fake("thg_engine::step_update", _nothing_returned)
     except (OSError, RuntimeError) as error:
-        first = str(error).strip().partition("\n")[0]
+        # torch says which library it was, its cause what that lacks.
+        first = str(error.__cause__ or error).strip().partition("\n")[0]
         return f"its library cannot be loaded: {first}"
     return ""
 

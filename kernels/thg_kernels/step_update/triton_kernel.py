@@ -46,6 +46,13 @@ def _slot_weights(row, slot: tl.constexpr, both, SLOTS: tl.constexpr):
 
 
 @triton.jit
+def _noise(weight, ptr, offsets, numel):
+    """weight * z; nothing is read where the weight is 0."""
+    z = tl.load(ptr + offsets, _below(offsets, numel, weight != 0.0), other=0.0)
+    return weight * z.to(tl.float32)
+
+
+@triton.jit
 def _store_slot(slots, slot, slot_stride, offsets, numel, value):
     """``value`` into a slot, or nowhere where that is -1."""
     where = slots + tl.maximum(slot, 0.0).to(tl.int64) * slot_stride + offsets
@@ -103,7 +110,8 @@ def step_update_kernel(
         cond = _load_output(output_ptr, cond_row, offsets, numel, output_stride, n1, n2, s0, s1, s2, STRIDED)  # fmt: skip  # noqa: E501
         uncond = _load_output(output_ptr, uncond_row, offsets, numel, output_stride, n1, n2, s0, s1, s2, STRIDED)  # fmt: skip  # noqa: E501
         delta, state, x_next = tl.zeros_like(cond), tl.zeros_like(cond), tl.zeros_like(cond)
-        slots = slot = registers_ptr + b * numel
+        slots = registers_ptr + b * numel
+        slot = slots
         for s in tl.static_range(SLOTS):
             to_sample, to_state, to_delta, to_change, used = _slot_weights(row, s, both, SLOTS)
             value = tl.load(slot + offsets, _below(offsets, numel, used), other=0.0)
@@ -124,9 +132,7 @@ def step_update_kernel(
             x_next += _term(tl.load(row + 8), state)
             _store_slot(slots, tl.load(row + 16), slot_stride, offsets, numel, state)
         if noise_ptr is not None:
-            weight, where = tl.load(row + 9), noise_ptr + b * numel + offsets
-            z = tl.load(where, _below(offsets, numel, weight != 0.0), other=0.0)
-            x_next += weight * z.to(tl.float32)
+            x_next += _noise(tl.load(row + 9), noise_ptr + b * numel, offsets, numel)
         if USES & 8:
             _store_slot(slots, tl.load(row + 13), slot_stride, offsets, numel, guided)
         if USES & 16:
