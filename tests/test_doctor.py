@@ -134,10 +134,10 @@ def test_backends_of_the_fused_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "why_unavailable", reasons.__getitem__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = doctor.collect()
-    assert found["cpu backend"] == Finding(doctor.BACKENDS, True, "ready, taken on cpu")
-    assert found["reference backend"] == Finding(doctor.BACKENDS, True, "ready")
-    assert found["cuda backend"] == Finding(doctor.BACKENDS, False, "nvcc was not found")
-    assert found["triton backend"] == Finding(doctor.BACKENDS, False, "no device")
+    assert found["cpu backend"] == Finding(doctor.FUSED_STEP, True, "ready, taken on cpu")
+    assert found["reference backend"] == Finding(doctor.FUSED_STEP, True, "ready")
+    assert found["cuda backend"] == Finding(doctor.FUSED_STEP, False, "nvcc was not found")
+    assert found["triton backend"] == Finding(doctor.FUSED_STEP, False, "no device")
 
 
 def test_no_tools_on_path(monkeypatch: pytest.MonkeyPatch) -> None:

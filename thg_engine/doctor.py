@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rich.console import Console
 
-PACKAGES, HARDWARE, BACKENDS, TOOLS = "packages", "hardware", "fused step", "tools"
+PACKAGES, HARDWARE, FUSED_STEP, TOOLS = "packages", "hardware", "fused step", "tools"
 
 # distribution -> how to get it; the first five are dependencies, the rest are optional.
 _REMEDIES = {
@@ -40,7 +40,7 @@ class Finding:
     """One line of the report.
 
     Attributes:
-        section: `PACKAGES`, `HARDWARE`, `BACKENDS` or `TOOLS`.
+        section: `PACKAGES`, `HARDWARE`, `FUSED_STEP` or `TOOLS`.
         available: whether it is there and usable.
         detail: the version or description; where not available, why not.
         remedy: how to get it; empty where it is available or nothing can be done.
@@ -94,7 +94,7 @@ def print_report(console: Console) -> None:
     from rich.text import Text
 
     findings = collect()
-    for section in (PACKAGES, HARDWARE, BACKENDS, TOOLS):
+    for section in (PACKAGES, HARDWARE, FUSED_STEP, TOOLS):
         table = Table(title=section, title_justify="left", show_header=False)
         for column, ratio in (("name", 1), ("status", 1), ("detail", 5)):
             table.add_column(column, ratio=ratio, overflow="fold")
@@ -185,16 +185,15 @@ def _backends() -> dict[str, Finding]:
     """What the fused step can run on, and why not on the rest; a reason says how to get it."""
     import torch
 
-    from thg_kernels.step_update import BACKENDS as names
-    from thg_kernels.step_update import choose_backend, why_unavailable
+    from thg_kernels.step_update import BACKENDS, choose_backend, why_unavailable
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     default = choose_backend(torch.device(device))
     found = {}
-    for name in names:
+    for name in BACKENDS:
         reason = why_unavailable(name)
         detail = reason or (f"ready, taken on {device}" if name == default else "ready")
-        found[f"{name} backend"] = Finding(BACKENDS, not reason, detail)
+        found[f"{name} backend"] = Finding(FUSED_STEP, not reason, detail)
     return found
 
 

@@ -148,19 +148,23 @@ def _ratio(scaled: torch.Tensor, sample: torch.Tensor) -> float:
 
 
 def fit_rows(forms: Forms, timesteps: Iterable[float]) -> tuple[SolverRow, ...]:
-    """Rows of the smallest common window, without a state if that is enough.
+    """Rows of the smallest common window, with a state where that saves more than it takes.
 
     The window of the whole run is chosen first, because it is what a run keeps in memory; within it
     each row takes the fewest terms.
     """
     targets, noises = _without_noise(forms)
+    found, most = None, 2 * MAX_WINDOW
     for state in (None, *forms.states.values()):
-        found = _fit(forms.given, targets, state)
-        if found is not None:
-            rows = zip(timesteps, forms.scales, noises, found, strict=True)
-            return tuple(SolverRow(float(t), scale, **z, **w) for t, scale, z, w in rows)
-    noisy = " (it may reuse the noise of earlier steps)" if any(map(len, forms.noises)) else ""
-    raise NotLinear(f"no window of {MAX_WINDOW} past samples and outputs explains it{noisy}")
+        window = _window(forms.given, targets, state, most)
+        if window is not None:
+            found, most = (window, state), sum(window) - 2
+    if found is None:
+        noisy = " (it may reuse the noise of earlier steps)" if any(map(len, forms.noises)) else ""
+        raise NotLinear(f"no window of {MAX_WINDOW} past samples and outputs explains it{noisy}")
+    weights = _fit(forms.given, targets, found[1], found[0])
+    rows = zip(timesteps, forms.scales, noises, weights, strict=True)
+    return tuple(SolverRow(float(t), scale, **z, **w) for t, scale, z, w in rows)
 
 
 def _without_noise(forms: Forms) -> tuple[Float64s, list[dict[str, Any]]]:
@@ -180,13 +184,13 @@ def _without_noise(forms: Forms) -> tuple[Float64s, list[dict[str, Any]]]:
 
 Weights = dict[str, Any]
 """Columns of a `SolverRow` by name."""
+Window = tuple[int, int]
+"""Numbers of past outputs and of past samples."""
 Solve = Callable[[int, int, int], Weights | None]
 
 
-def _fit(given: Float64s, targets: Float64s, state: Float64s | None) -> list[Weights] | None:
-    """Weights of every row by the names of `SolverRow`, None where no window is enough."""
-    rows = range(len(targets))
-    sizes = range(1, min(MAX_WINDOW, len(targets)) + 1)
+def _solves(given: Float64s, targets: Float64s, state: Float64s | None) -> tuple[Solve, ...]:
+    """What has to be explained of a row, given its number and the window: the state, the sample."""
 
     def step(i: int, e: int, x: int) -> Weights | None:
         extra = [] if state is None else [state[i]]
@@ -200,15 +204,25 @@ def _fit(given: Float64s, targets: Float64s, state: Float64s | None) -> list[Wei
         names = ("state_update", "state_sample_update", "state_output_update")
         return _named(names, _solve(given, extra, state[i], i, e, x))
 
-    windows = sorted(((e, x) for e in sizes for x in sizes), key=lambda w: (max(w), sum(w), w[1]))
-    both: tuple[Solve, ...] = (step, update)
+    return update, step
 
-    def is_enough(window: tuple[int, int]) -> bool:
-        return all(solve(i, *window) is not None for i in rows for solve in both)
 
-    window = next(filter(is_enough, windows), None)
-    if window is None:
-        return None
+def _window(given: Float64s, targets: Float64s, state: Float64s | None, most: int) -> Window | None:
+    """The smallest window, of at most ``most`` values, that explains every row."""
+    sizes = range(1, min(MAX_WINDOW, len(targets)) + 1)
+    windows = ((e, x) for e in sizes for x in sizes if e + x <= most)
+    solves = _solves(given, targets, state)
+    for window in sorted(windows, key=lambda w: (max(w), sum(w), w[1])):
+        if all(solve(i, *window) is not None for i in range(len(targets)) for solve in solves):
+            return window
+    return None
+
+
+def _fit(
+    given: Float64s, targets: Float64s, state: Float64s | None, window: Window
+) -> list[Weights]:
+    """Weights of every row by the names of `SolverRow`, as few as explain it."""
+    solves = _solves(given, targets, state)
     smaller = sorted(
         ((e, x) for e in range(window[0] + 1) for x in range(window[1] + 1)),
         key=lambda w: (sum(w), w[1]),
@@ -217,7 +231,10 @@ def _fit(given: Float64s, targets: Float64s, state: Float64s | None) -> list[Wei
     def best(solve: Solve, i: int) -> Weights:
         return next(found for w in smaller if (found := solve(i, *w)) is not None)
 
-    return [{**best(update, i), **best(step, i)} for i in rows]
+    return [
+        {name: w for solve in solves for name, w in best(solve, i).items()}
+        for i in range(len(targets))
+    ]
 
 
 def _named(names: Sequence[str], values: Any) -> Weights | None:

@@ -27,31 +27,30 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from thg_kernels.step_update import op
-from thg_kernels.step_update.table import HEAD, Uses
+from thg_kernels.step_update.table import HEAD, MAX_SLOTS, Uses
 from thg_kernels.step_update.triton_kernel import step_update_kernel
 
 RECORD = Path(__file__).with_name("aot_table.json")
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HELD = Uses.DELTA | Uses.KEEPS_DELTA
-# What plans ask for: slots, uses, whether noise is added. Packed from the solvers of the core and
-# the schedulers of diffusers, each under every guidance method.
-SPECIALISATIONS: list[tuple[int, Uses, bool]] = [
-    (1, Uses.NOTHING, False),
-    (1, Uses.NOTHING, True),
-    (2, HELD, False),
-    (2, HELD, True),
-    (3, Uses.STATE | Uses.KEEPS_DELTA, False),
-    (3, Uses.KEEPS_GUIDED, False),
-    (4, HELD | Uses.KEEPS_GUIDED, False),
-    (4, HELD | Uses.KEEPS_GUIDED, True),
-    (4, HELD | Uses.CHANGE | Uses.KEEPS_COND, False),
-    (5, HELD | Uses.CHANGE | Uses.KEEPS_COND | Uses.KEEPS_GUIDED, False),
-    (5, Uses.STATE | Uses.KEEPS_COND | Uses.KEEPS_DELTA, False),
-    (6, Uses.STATE | Uses.KEEPS_GUIDED, False),
-    (7, HELD | Uses.STATE | Uses.KEEPS_GUIDED, False),
-    (7, Uses.STATE | Uses.KEEPS_COND | Uses.KEEPS_DELTA, False),
-    (8, HELD | Uses.KEEPS_GUIDED, False),
-    (9, HELD | Uses.STATE | Uses.KEEPS_GUIDED, False),
+HISTORY = Uses.KEEPS_GUIDED
+TWO_STATES = Uses.STATE | Uses.KEEPS_COND | Uses.KEEPS_DELTA
+EVERYTHING = sum(Uses)
+CHANGES = HELD | Uses.CHANGE | Uses.KEEPS_COND
+# What plans ask for: uses, numbers of slots, and of those with noise. test_triton_aot packs the
+# solvers of the core and the schedulers of diffusers under every guidance method.
+SPECIALISATIONS: list[tuple[Uses, tuple[int, ...], tuple[int, ...]]] = [
+    (Uses.NOTHING, (1, 2), (1, 2)),
+    (HISTORY, (2, 3, 4, 5, 7), (3, 5)),
+    (Uses.STATE, (2,), ()),
+    (Uses.STATE | HISTORY, (3, 4, 5, 6, 7, 8), ()),
+    (HELD, (2, 3), (2, 3)),
+    (HELD | HISTORY, (3, 4, 5, 6, 8), (4, 6)),
+    (HELD | Uses.STATE, (3,), ()),
+    (HELD | Uses.STATE | HISTORY, (4, 5, 6, 7, 8, 9), ()),
+    (TWO_STATES, (3, 5, 7), ()),
+    (CHANGES, (4,), ()),
+    (CHANGES | HISTORY, (5,), ()),
 ]
 
 
@@ -79,8 +78,11 @@ class Case:
 
 def cases() -> Iterator[Case]:
     """All specialisations for one architecture in one form; all forms of one; a few elsewhere."""
-    for slots, uses, noise in SPECIALISATIONS:
-        yield Case(90, slots, int(uses), noise)
+    for uses, plain, noisy in SPECIALISATIONS:
+        for slots in plain:
+            yield Case(90, slots, int(uses))
+        for slots in noisy:
+            yield Case(90, slots, int(uses), noise=True)
     common = Case(90, 4, int(HELD | Uses.KEEPS_GUIDED))
     yield replace(common, dtype="bf16")
     yield replace(common, dtype="fp32")
@@ -90,6 +92,8 @@ def cases() -> Iterator[Case]:
     yield replace(common, dtype="fp32", strided=True, noise=True, outputs="input+sample")
     yield replace(common, dtype="fp32", config="small", outputs="sample")
     yield replace(common, outputs="sample")
+    # Everything at once, with the longest history there may be.
+    yield Case(90, MAX_SLOTS, EVERYTHING)
     for arch in (80, 100, 120):
         yield Case(arch, 2, int(HELD))
         yield Case(arch, 9, int(HELD | Uses.STATE | Uses.KEEPS_GUIDED), dtype="fp32")

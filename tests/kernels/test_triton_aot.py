@@ -17,6 +17,14 @@ from typing import Any
 
 import pytest
 
+from mixture import flow_points, vp_points
+from scheduler_cases import MATRIX, available, build, names
+from thg_engine.guidance import CFG, THG, CFGCache, GuidanceInterval, SelectiveGuidance
+from thg_engine.lowering import plan_from_solver, plan_from_table
+from thg_engine.packing import step_table
+from thg_engine.plan import SamplingPlan
+from thg_engine.solvers import SOLVERS, Solver
+from thg_engine.trace import trace
 from thg_kernels.step_update import op
 
 HERE = Path(__file__).resolve().parent
@@ -24,6 +32,8 @@ SCRIPT, RECORD = HERE / "aot_compile.py", HERE / "aot_table.json"
 AGAIN = "python tests/kernels/aot_compile.py --record"
 ITEMSIZE = {"fp16": 2, "bf16": 2, "fp32": 4}
 Table = dict[str, dict[str, Any]]
+
+UNROLLED = 8  # slots; the rest runs in a loop, which stands in the code once
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("aot")]
 
@@ -83,12 +93,53 @@ def test_accesses_are_as_wide_as_they_can_be(compiled: Table) -> None:
         assert found["num_warps"] == warps
         each = elements // (32 * warps)
         of_model = 2 if layout == "flat" else 0
-        loads = _pieces(int(slots.split("-")[0]), 4 * each)
+        loads = _pieces(min(int(slots.split("-")[0]), UNROLLED + 1), 4 * each)
         loads = _add(loads, _pieces(of_model + len(noise), ITEMSIZE[dtype] * each))
         assert _vectors(found["loads"]) == loads, name
         results = 2 * ("input" in outputs) + ("sample" in outputs)
         stores = _add(_pieces(_kept(name), 4 * each), _pieces(results, ITEMSIZE[dtype] * each))
         assert _vectors(found["stores"]) == stores, name
+
+
+GUIDANCE = (CFG(), THG(grid=3), CFGCache(), GuidanceInterval(), SelectiveGuidance())
+
+
+def _asked_for(plan: SamplingPlan) -> tuple[int, int, bool]:
+    """Slots, uses, noise of the kernel that ``plan`` needs."""
+    table = step_table(plan)
+    return table.num_slots, int(table.uses), table.has_noise
+
+
+def _compiled_for(recorded: Table) -> set[tuple[int, int, bool]]:
+    parts = [_of(name)[1] for name in recorded]
+    return {
+        (int(p[0].removesuffix("-slots")), int(p[1].removeprefix("uses-")), p[-1] == "noise")
+        for p in parts
+    }
+
+
+@pytest.mark.parametrize("name", names("deterministic", "stochastic"))
+def test_every_scheduler_asks_for_what_is_recorded(name: str, recorded: Table) -> None:
+    """Under every guidance method and configuration. Twelve steps: past every warm-up."""
+    case, asked = available(name), {}
+    for config in ({}, *MATRIX.get(name, ())):
+        arguments = {"set_timesteps_kwargs": case.set_kwargs, "step_kwargs": case.step_kwargs}
+        table = trace(build(name, **config), min(case.steps, 12), **arguments)
+        for guidance in GUIDANCE:
+            plan = plan_from_table(table, guidance, 5.0)
+            asked[_asked_for(plan)] = config, guidance.name
+    missing = {key: asked[key] for key in asked.keys() - _compiled_for(recorded)}
+    assert not missing, f"{missing}; add them to aot_compile and run {AGAIN}"
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=list(SOLVERS))
+def test_every_solver_asks_for_what_is_recorded(solver: Solver, recorded: Table) -> None:
+    predicts = "flow_prediction" if solver.name == "flow_euler" else "epsilon"
+    points = flow_points(12) if solver.name == "flow_euler" else vp_points(12)
+    for guidance in GUIDANCE:
+        for form in ("auto", "combined"):
+            plan = plan_from_solver(solver, points, guidance, 5.0, predicts, form)
+            assert _asked_for(plan) in _compiled_for(recorded), (guidance.name, form)
 
 
 def _kept(name: str) -> int:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 HEAD = tl.constexpr(20)
+UNROLLED = tl.constexpr(8)
+"""Slots whose loads may be in flight together; more would not fit into a thread's registers."""
 
 
 @triton.jit
@@ -36,13 +38,31 @@ def _load_output(ptr, row, offsets, numel, stride, n1, n2, s0, s1, s2, STRIDED: 
 
 
 @triton.jit
-def _slot_weights(row, slot: tl.constexpr, both, SLOTS: tl.constexpr):
+def _slot_weights(row, slot, both, SLOTS: tl.constexpr):
     """Weights of one slot (to sample, state, delta, change), and whether any of them counts."""
     first = row + HEAD + slot
     to_sample, to_state = tl.load(first), tl.load(first + SLOTS)
     to_delta, to_change = tl.load(first + 2 * SLOTS), tl.load(first + 3 * SLOTS)
     used = ((to_delta != 0.0) | (to_change != 0.0)) & (both == 0)
     return to_sample, to_state, to_delta, to_change, used | (to_sample != 0.0) | (to_state != 0.0)
+
+
+@triton.jit
+def _add_slot(
+    row, slot, both, ptr, offsets, numel, cond, x_next, delta, state,
+    SLOTS: tl.constexpr, USES: tl.constexpr,
+):  # fmt: skip
+    """The sums with the terms of one slot, whose registers are at ``ptr``."""
+    to_sample, to_state, to_delta, to_change, used = _slot_weights(row, slot, both, SLOTS)
+    value = tl.load(ptr + offsets, _below(offsets, numel, used), other=0.0)
+    x_next += _term(to_sample, value)
+    if USES & 1:
+        delta += _term(to_delta, value)
+    if USES & 2:
+        delta += _term(to_change, cond - value)
+    if USES & 4:
+        state += _term(to_state, value)
+    return x_next, delta, state
 
 
 @triton.jit
@@ -112,17 +132,12 @@ def step_update_kernel(
         delta, state, x_next = tl.zeros_like(cond), tl.zeros_like(cond), tl.zeros_like(cond)
         slots = registers_ptr + b * numel
         slot = slots
-        for s in tl.static_range(SLOTS):
-            to_sample, to_state, to_delta, to_change, used = _slot_weights(row, s, both, SLOTS)
-            value = tl.load(slot + offsets, _below(offsets, numel, used), other=0.0)
+        for s in tl.static_range(UNROLLED if SLOTS > UNROLLED else SLOTS):
+            x_next, delta, state = _add_slot(row, s, both, slot, offsets, numel, cond, x_next, delta, state, SLOTS, USES)  # fmt: skip  # noqa: E501
             slot += slot_stride
-            x_next += _term(to_sample, value)
-            if USES & 1:
-                delta += _term(to_delta, value)
-            if USES & 2:
-                delta += _term(to_change, cond - value)
-            if USES & 4:
-                state += _term(to_state, value)
+        for s in tl.range(UNROLLED, SLOTS):
+            x_next, delta, state = _add_slot(row, s, both, slot, offsets, numel, cond, x_next, delta, state, SLOTS, USES)  # fmt: skip  # noqa: E501
+            slot += slot_stride
         delta = tl.where(both, cond - uncond, delta)
         guided = cond + _term(tl.load(row + 4), delta)
         x_next += _term(tl.load(row + 5), guided) + _term(tl.load(row + 6), cond)
