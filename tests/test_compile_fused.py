@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import threading
 
 import diffusers
 import pytest
@@ -13,6 +14,8 @@ import thg_engine
 from pipelines import CountRows, call, make, tiny
 from test_compile import FOR_SD
 from thg_engine import THG
+from thg_engine.errors import InvalidArgument
+from thg_engine.integrations.diffusers import controller
 from thg_engine.integrations.diffusers.deferred import BranchSum
 from thg_engine.integrations.diffusers.stepping import SteppedScheduler
 
@@ -165,25 +168,157 @@ def test_scale_changed_in_the_middle_reaches_the_row():
     assert distance(found, expected) <= FEW_ULPS
 
 
-@pytest.mark.parametrize("when", ["always", "late"])
-def test_a_rescaled_guidance_is_formed_by_the_pipeline(when):
-    """guidance_rescale is no sum of the branches: the row is given the pipeline's own result."""
+def both_ways(method, name="DDIMScheduler", prepare=None, **kwargs):
+    """Samples and denoiser rows under the scheduler's own step and under the fused one."""
+    found = []
+    for fused in (False, True):
+        pipe = tiny(scheduler=make(name))
+        if prepare is not None:
+            prepare(pipe)
+        with CountRows(pipe.unet) as count:
+            sample = call(thg_engine.compile(pipe, method, fused=fused), **kwargs)
+        found.append((sample, count.rows))
+    stats = pipe.thg.stats()
+    assert stats["fused_steps"] == pipe.thg.plan.num_rows and stats["refreshes"] == 0
+    return found
 
+
+def rescales_in(rows):
     def callback(pipe, i, t, tensors):
-        if i == 2:
-            pipe._guidance_rescale = 0.7
+        pipe._guidance_rescale = 0.7 if i in rows else 0.0
         return {}
 
-    kwargs = {"guidance_rescale": 0.7} if when == "always" else {"callback_on_step_end": callback}
-    method, pipe = (HELD if when == "always" else "cfg"), tiny()
-    found, rows = [], []
-    for fused in (False, True):
-        with CountRows(pipe.unet) as count:
-            found.append(call(thg_engine.compile(pipe, method, fused=fused), **kwargs))
-        rows.append(count.rows)
-    assert rows[0] == rows[1]
-    assert pipe.thg.stats()["fused_steps"] == pipe.thg.plan.num_rows
+    return callback
+
+
+METHODS = {"cfg": "cfg", "3": HELD, "2": THG(grid=2), "early": THG(grid=(0, 1, 4))}
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("when", ["always", "late", "window"])
+def test_a_rescaled_guidance_is_formed_by_the_pipeline(when, method, name):
+    """guidance_rescale is no sum of the branches: the row is given the pipeline's own result.
+
+    What it was to hold is held nevertheless.
+    """
+    rows = {"late": range(2, 99), "window": range(2, 5)}.get(when)
+    callback = {"callback_on_step_end": rescales_in(rows)} if rows else {"guidance_rescale": 0.7}
+    (own, own_rows), (fused, fused_rows) = both_ways(METHODS[method], name, **callback)
+    assert fused_rows == own_rows
+    assert distance(fused, own) <= FEW_ULPS
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda o: o.mul_(0.5),
+        lambda o: o.clamp_(-0.1, 0.1),
+        lambda o: o[..., :4].zero_(),
+        lambda o: o.__setitem__((..., 0), 0.0),
+        lambda o: torch.mul(o, 0.9, out=o),
+        lambda o: torch.nn.functional.relu(o, inplace=True),
+    ],
+    ids=["mul_", "clamp_", "view", "setitem", "out", "inplace"],
+)
+def test_a_denoiser_hook_that_edits_its_output_in_place(edit):
+    def prepare(pipe):
+        pipe.unet.register_forward_hook(lambda module, args, out: (edit(out[0]), out)[1])
+
+    (own, own_rows), (fused, fused_rows) = both_ways(HELD, prepare=prepare)
+    assert fused_rows == own_rows
+    assert distance(fused, own) <= FEW_ULPS
+    assert not torch.equal(own, both_ways(HELD)[0][0])
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("by", ["data", "numpy", "in place"])
+def test_a_sample_counts_as_it_is_however_it_was_edited(by, inference):
+    def callback(pipe, i, t, tensors):
+        latents = tensors["latents"]
+        if i == 3 and by == "data":
+            latents.data.mul_(1.3)
+        elif i == 3 and by == "numpy":
+            latents.numpy()[...] *= 1.3
+        elif i == 3:
+            latents.mul_(1.3)
+        return {}
+
+    with torch.inference_mode(inference):
+        found = []
+        for fused in (False, True):
+            pipe = thg_engine.compile(tiny(), HELD, fused=fused)
+            found.append(call(pipe, callback_on_step_end=callback).clone())
+        plain = call(pipe).clone()
     assert distance(found[1], found[0]) <= FEW_ULPS
+    assert distance(plain, found[1]) > 1e3
+
+
+def test_looking_at_samples_leaves_the_wide_registers_alone():
+    """In half precision a callback, or inference mode, must not round the registers to samples."""
+    pipe = thg_engine.compile(tiny(dtype=torch.bfloat16), HELD)
+    expected = call(pipe)
+    assert torch.equal(call(pipe, callback_on_step_end=lambda *args: {}), expected)
+    with torch.inference_mode():
+        assert torch.equal(call(pipe), expected)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "PNDMScheduler"])
+def test_dtype_of_samples_is_the_scheduler_s_choice(name):
+    """Under autocast some keep the float32 of the sample, some take the dtype of the output."""
+    seen = []
+
+    def callback(pipe, i, t, tensors):
+        seen.append(tensors["latents"].dtype)
+        return {}
+
+    for fused in (False, True):
+        pipe = thg_engine.compile(tiny(scheduler=make(name)), HELD, fused=fused)
+        with torch.autocast("cpu", torch.bfloat16):
+            call(pipe, callback_on_step_end=callback)
+    half = len(seen) // 2
+    assert pipe.thg.stats()["fused_steps"] == half and seen[:half] == seen[half:]
+
+
+@pytest.mark.parametrize("value", [0, 1, "yes"])
+def test_fused_is_none_or_a_bool(value):
+    with pytest.raises(InvalidArgument, match="fused="):
+        thg_engine.compile(tiny(), HELD, fused=value)
+
+
+def test_without_a_fast_backend_the_scheduler_steps_unless_asked(monkeypatch):
+    monkeypatch.setattr(controller, "choose_backend", lambda device, wide=False: "reference")
+    pipe = thg_engine.compile(tiny(), HELD)
+    call(pipe)
+    assert pipe.thg.stats()["fused_steps"] == 0
+    assert "no backend for cpu is ready (thg-engine doctor says why)" in pipe.thg.report()
+    call(thg_engine.compile(pipe, HELD, fused=True))
+    assert pipe.thg.stats()["fused_steps"] == pipe.thg.plan.num_rows
+
+
+@pytest.mark.parametrize("value", [threading.Lock(), (x for x in ())], ids=["lock", "generator"])
+def test_a_scheduler_that_cannot_be_copied_steps_itself(value):
+    pipe = tiny()
+    pipe.scheduler.attribute = value
+    expected = call(thg_engine.compile(pipe, HELD, fused=False))
+    assert torch.equal(call(thg_engine.compile(pipe, HELD)), expected)
+    assert "cannot be copied" in pipe.thg.report()
+
+
+def test_a_callback_steps_the_scheduler_by_hand_and_copies_it():
+    """With arguments by position; copies and pickles are of the scheduler's own class."""
+
+    def callback(pipe, i, t, tensors):
+        twin = copy.deepcopy(pipe.scheduler)
+        x = tensors["latents"]
+        twin.step(x, t, x, 0.0)
+        for copied in (twin, copy.copy(pipe.scheduler), pickle.loads(pickle.dumps(twin))):
+            assert type(copied) is diffusers.DDIMScheduler
+        return {}
+
+    pipe = thg_engine.compile(tiny(), HELD)
+    expected = call(pipe)
+    assert torch.equal(call(pipe, callback_on_step_end=callback), expected)
 
 
 # -- deferred guidance -----------------------------------------------------------------------------
@@ -231,6 +366,20 @@ def test_what_is_no_sum_is_computed_as_the_pipeline_would():
     assert torch.equal(torch.cat([guided, expected]), torch.cat([expected, expected]))
     assert torch.equal(deferred[:2], u) and float(guided[0, 0]) == float(expected[0, 0])
     assert repr(guided.value()) == repr(expected)
+
+
+def test_an_edit_in_place_ends_the_waiting_of_all_sums():
+    """Sums made before keep the values from before; a half is a view of the pair."""
+    deferred, value, _ = pair()
+    u, c = value.clone().chunk(2)
+    uncond, cond = deferred.chunk(2)
+    before = uncond + 3.0 * (cond - uncond)
+    cond.mul_(2.0)
+    after = uncond + 3.0 * (cond - uncond)
+    assert before.guidance_scale is None and not isinstance(after, BranchSum)
+    assert torch.equal(before.value(), u + 3.0 * (c - u))
+    assert torch.equal(after, u + 3.0 * (2.0 * c - u))
+    assert torch.equal(deferred.value(), torch.cat([u, 2.0 * c]))
 
 
 def test_other_sums_have_no_scale_and_calls_do_not_mix():

@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
 from thg_kernels.step_update import BranchRows, StepState, step_update
+from thg_kernels.step_update.state import MODEL_DTYPES
 
 from .errors import InvalidArgument, ThgError
 from .packing import step_table
@@ -115,8 +116,9 @@ class Engine:
         if not register_dtype.is_floating_point or register_dtype.itemsize < 4:
             remedy = "differences of outputs need float32 or float64 registers."
             raise InvalidArgument("register_dtype", register_dtype, remedy)
-        if model_dtype is not None and not model_dtype.is_floating_point:
-            raise InvalidArgument("model_dtype", model_dtype, "give a floating-point dtype.")
+        if model_dtype not in (None, *MODEL_DTYPES):
+            remedy = f"use one of {', '.join(map(str, MODEL_DTYPES))}."
+            raise InvalidArgument("model_dtype", model_dtype, remedy)
         self.denoiser = denoiser
         self.model_dtype = model_dtype
         self.register_dtype = register_dtype
@@ -155,7 +157,7 @@ class Engine:
                 bar.update()
                 if callback is not None:
                     callback(run)
-        return self.result(run).to(x_T.dtype)
+        return self.result(run).to(x_T.dtype, copy=True)  # not a view of all registers
 
     def begin(
         self,
@@ -236,6 +238,10 @@ class Engine:
 
     def _call(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         output = self.denoiser(x, t, conditioning)
+        if not isinstance(output, Tensor):
+            raise InvalidArgument("denoiser", type(output), "the denoiser must return a tensor.")
+        if output.untyped_storage().data_ptr() == x.untyped_storage().data_ptr():
+            output = output.clone()  # its input, which the next step overwrites
         if output.shape != x.shape:
             remedy = f"the denoiser must return the shape of its input, {tuple(x.shape)}."
             raise InvalidArgument("denoiser", tuple(output.shape), remedy)

@@ -36,7 +36,7 @@ _PROBE_SHAPE = (2, 5, 3, 7)  # odd, and no channel count that learned-variance c
 _CLIPPING = ("thresholding", "clip_sample", "clip_denoised")
 _UNFUSED = "run it with its own step (no solver table)"
 
-_cache: OrderedDict[tuple[type, str | None], SolverTable] = OrderedDict()
+_cache: OrderedDict[tuple[type, str | None], SolverTable | UntraceableScheduler] = OrderedDict()
 _cache_lock = threading.Lock()
 
 
@@ -78,21 +78,26 @@ def trace(
 
 
 def _cached(prepared: Any, start: int, step_kwargs: Mapping[str, Any], upcast: bool) -> SolverTable:
-    """`_trace`, once per scheduler class, state and arguments."""
+    """`_trace`, or its refusal, once per scheduler class, state and arguments."""
     digest = fingerprint(prepared, [start, upcast, step_kwargs])
     key = (type(prepared), digest)  # the class itself: names of local classes repeat
     with _cache_lock:
-        if key in _cache:
+        found = _cache.get(key)
+        if found is not None:
             _cache.move_to_end(key)
-            return _cache[key]
-    table = _trace(clone(prepared, float64=upcast), start, step_kwargs, upcast)
-    if digest is None:  # some state, e.g. a function, has no canonical form
-        return table
-    with _cache_lock:
-        table = _cache.setdefault(key, table)  # another thread may have been first
-        while len(_cache) > CACHE_SIZE:
-            _cache.popitem(last=False)
-    return table
+    if found is None:
+        try:
+            found = _trace(clone(prepared, float64=upcast), start, step_kwargs, upcast)
+        except UntraceableScheduler as refusal:
+            found = refusal.with_traceback(None)
+        if digest is not None:  # some state, e.g. a function, has no canonical form
+            with _cache_lock:
+                found = _cache.setdefault(key, found)  # another thread may have been first
+                while len(_cache) > CACHE_SIZE:
+                    _cache.popitem(last=False)
+    if isinstance(found, UntraceableScheduler):
+        raise type(found)(*found.args)
+    return found
 
 
 def trace_cache_clear() -> None:
@@ -108,7 +113,10 @@ def _prepare(
     name = type(scheduler).__name__
     if not callable(getattr(scheduler, "step", None)):
         raise _refusal(scheduler, "it has no method `step`", _UNFUSED)
-    prepared = clone(scheduler)
+    try:
+        prepared = clone(scheduler)
+    except Exception as error:  # locks, generators, handles: whatever an attribute holds
+        raise _refusal(scheduler, f"it cannot be copied ({error})", _UNFUSED) from error
     chosen = {k: v for k, v in custom.items() if v is not None}
     if num_steps is None and not chosen:
         if kwargs:

@@ -19,13 +19,12 @@ from kernel_cases import Backend, make_noise, make_output, make_sample, make_sta
 from step_rows import MUTATED, Call, bits, check
 from torch import Tensor
 
-from thg_kernels.step_update import BranchRows, StepState, native_op, op, step_update
+from thg_kernels.step_update import BranchRows, native_op, op
 from thg_kernels.step_update.op import FLAT
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Backend("cpu", "cpu")
 ROWS = BranchRows((2, 3, 1), (4, -1, 0))
-LATENTS = [(0,), (1,), (1025,), (2, 3, 5, 7), (1, 3, 2, 5, 3), (129, 1, 1)]
 OPTIONAL = ("model_input", "timestep", "input_rows", "sample", "noise")
 
 
@@ -58,48 +57,6 @@ NAMES = (
     *("registers", "cursor", "table", "model_output", "output_rows"),
     *(*OPTIONAL, "uses", "layout"),
 )
-
-
-def _double(state: StepState) -> StepState:
-    """The same registers in float64, where the reference is exact."""
-    exact = StepState(
-        state.table,
-        state.samples().double(),
-        state.positions,
-        model_dtype=state.model_dtype,
-        register_dtype=torch.float64,
-        inputs=state.inputs,
-    )
-    exact.registers.copy_(state.registers)
-    exact.device_table.copy_(state.device_table)
-    for buffer in (exact.model_input, exact.timestep):
-        if buffer is not None:
-            buffer.fill_(torch.nan)
-    return exact
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("latent", LATENTS, ids=str)
-@pytest.mark.parametrize("row", [0, 1])
-def test_equals_the_reference_in_float64(
-    native: Callable[..., None], dtype: torch.dtype, latent: tuple[int, ...], row: int
-) -> None:
-    table, both = random_table(5, num_slots=6), BranchRows.both(2)
-    state = make_state(table, latent, row, CPU, batch=2, model_dtype=dtype, inputs=both)
-    exact = _double(state)
-    output, noise = make_output(state, both, dtype), make_noise(state, both, torch.float32)
-    step_update(state, output, both, noise=noise, backend="cpu")
-    step_update(exact, output, both, noise=noise, backend="reference")
-    # Terms of size 1 with weights of size 1: some tens of them at most.
-    torch.testing.assert_close(
-        state.registers.double(), exact.registers, rtol=2e-6, atol=2e-5, equal_nan=True
-    )
-    assert state.model_input is not None and exact.model_input is not None
-    rounding = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
-    torch.testing.assert_close(
-        state.model_input, exact.model_input, rtol=rounding, atol=3e-5, equal_nan=True
-    )
-    assert state.cursor.equal(exact.cursor)
 
 
 # Over the grain, so that threads share samples; from 2**20 elements on stores are streamed, where

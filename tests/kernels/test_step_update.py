@@ -24,7 +24,15 @@ from kernel_cases import (
 )
 from step_rows import Call, bits, check, expected, ulp
 
-from thg_kernels.step_update import BranchRows, Column, StepState, op, stack, step_update
+from thg_kernels.step_update import (
+    BranchRows,
+    Column,
+    StepState,
+    op,
+    stack,
+    step_update,
+    weight_columns,
+)
 from thg_kernels.step_update.table import WEIGHTS
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -153,11 +161,10 @@ def test_what_has_no_weight_is_not_read(backend: Backend) -> None:
         random_row(rng, 4, both=both, density=1.0, noise=False, writes=[1, -1, -1, 2, 3])
         for both in (True, False, True)
     ]
-    table = table_of(rows)
-    table.weights("to_sample")[0, 3] = table.weights("to_state")[0, 3] = 0.0
-    table.rows[2, Column.FROM_STATE], table.rows[2, Column.SLOT_STATE] = 0.0, -1.0
-    table.weights("to_sample")[2, 3] = 0.0
-    state = make_state(table, (65,), [0, 1, 2], backend)
+    for k, name in ((0, "to_sample"), (0, "to_state"), (2, "to_sample")):
+        rows[k][weight_columns(name, 4)][3] = 0.0
+    rows[2][Column.FROM_STATE], rows[2][Column.SLOT_STATE] = 0.0, -1.0
+    state = make_state(table_of(rows), (65,), [0, 1, 2], backend)
     # Row 2 reads slot 3 for a state that it neither stores nor uses.
     state.registers[3, 2] = nan
     assert state.registers[3, 0].isnan().all()
@@ -173,10 +180,9 @@ def test_infinite_registers_stay_where_they_are(backend: Backend, name: str) -> 
     row = random_row(np.random.default_rng(8), 4, both=False, density=1.0, writes=writes)
     for column in (Column.GUIDANCE, Column.FROM_DELTA, Column.FROM_STATE, Column.STATE_FROM_DELTA):
         row[column] = 0.0
-    table = table_of([row])
     for other in WEIGHTS:
-        table.weights(other)[0, 3] = 0.5 if other == name else 0.0
-    state = make_state(table, (65,), 0, backend, batch=1)
+        row[weight_columns(other, 4)][3] = 0.5 if other == name else 0.0
+    state = make_state(table_of([row]), (65,), 0, backend, batch=1)
     state.registers[3] = torch.inf
     cond = BranchRows.cond_only(1)
     output, noise = make_output(state, cond, SINGLE), make_noise(state, cond, SINGLE)
@@ -193,9 +199,15 @@ def test_no_samples(backend: Backend) -> None:
     assert state.samples().shape == (0, 3, 5)
 
 
-def test_larger_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The larger block of the Triton kernel, and a ragged last one."""
-    monkeypatch.setattr(op, "SMALL", 64)
+LAUNCHES = sorted({launch for sizes in op.LAUNCHES.values() for launch in sizes[1:]})
+
+
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: f"{launch.elements}-{launch.warps}")
+def test_blocks(backend: Backend, monkeypatch: pytest.MonkeyPatch, launch: op.Launch) -> None:
+    """Those of every architecture's Triton launch, and a ragged last one."""
+    if backend.name != "triton":
+        pytest.skip("it has no blocks to choose")
+    monkeypatch.setattr(op, "launch_of", lambda device, elements: launch)
     table, latent = random_table(10, num_slots=3), (1024 + 37,)
     state = make_state(table, latent, [0, 1], backend, model_dtype=HALF, inputs=BranchRows.both(2))
     step(backend, state, BranchRows.both(2), dtype=HALF, sample=None)
@@ -248,8 +260,8 @@ def test_more_than_two_to_the_31_elements(name: str) -> None:
     row = random_row(np.random.default_rng(13), 2, both=False, noise=False, density=0.0)
     row[Column.SLOT_SAMPLE : Column.SLOT_STATE + 1] = torch.tensor([1.0, -1, -1, -1, -1])
     row[Column.FROM_COND] = 0.25
+    row[weight_columns("to_sample", 2)][0] = 0.5
     table = table_of([row])
-    table.weights("to_sample")[0, 0] = 0.5
     x = torch.arange(numel, dtype=torch.int32, device="cuda").remainder_(1021).half().unsqueeze(0)
     state = StepState(table, x, inputs=BranchRows.cond_only(1))
     state.registers[1].fill_(nan)

@@ -22,6 +22,7 @@ from thg_kernels.step_update import (
     StepTable,
     choose_backend,
     native_op,
+    op,
     stack,
     step_update,
     why_unavailable,
@@ -29,10 +30,10 @@ from thg_kernels.step_update import (
 
 BOTH = BranchRows.both(2)
 LATENT = (4, 5)
-TABLE = random_table(31, num_slots=6)
 QUIET = random_table(31, num_slots=6, noise=False)
-LINES = TABLE.rows
+LINES = random_table(31, num_slots=6).rows
 LINES[2, Column.NOISE] = 1.0
+TABLE = StepTable(LINES.clone(), random_table(31, num_slots=6).sample_slots)
 SAMPLES = torch.zeros(2, *LATENT)
 
 
@@ -59,6 +60,16 @@ class Setting(NamedTuple):
 def _view(base: Tensor, shape: tuple[int, ...]) -> Tensor:
     """``shape`` within the memory of ``base``."""
     return base.as_strided(shape, (0, *torch.zeros(shape[1:]).stride()), base.storage_offset())
+
+
+def _foreign(base: Tensor, rows: int, shift: int) -> Tensor:
+    """``rows`` rows of a latent in the memory of ``base`` from element ``shift`` on; as of another
+    library, in a storage of its own."""
+    whole = base.detach().numpy().reshape(-1)
+    size = rows * LATENT[0] * LATENT[1]
+    value = torch.from_numpy(whole[shift : shift + size]).view(rows, *LATENT)
+    assert value.untyped_storage().data_ptr() != base.untyped_storage().data_ptr()
+    return value
 
 
 def _changed(name: str, change: Callable[[Setting], object]) -> Callable[[Setting], None]:
@@ -102,6 +113,12 @@ CALLS: dict[str, dict[str, Callable[[Setting], object]]] = {
         "the timestep": _changed("model_output", lambda s: s.state.timestep[:1].expand(4, *LATENT)),
         "the table": _changed("model_output", lambda s: _view(s.state.device_table, (4, *LATENT))),
         "the sample": lambda s: s.call(model_output=s.output, sample=s.output[:2]),
+        "foreign memory of a register": _changed(
+            "model_output", lambda s: _foreign(s.state.registers, 4, 1)
+        ),
+        "foreign memory of the sample": lambda s: s.call(
+            model_output=s.output, sample=_foreign(s.output, 2, 3)
+        ),
     },
     "outputs": {
         "more samples": lambda s: s.call(outputs=BranchRows.both(3)),
@@ -191,6 +208,28 @@ def test_backends_say_why() -> None:
     assert choose_backend(torch.device("cpu")) in ("cpu", "reference")
 
 
+@pytest.mark.parametrize(
+    ("device", "backend"),
+    [("cpu", "cpu"), ("cuda", "cuda"), ("cuda:1", "cuda"), ("mps", "reference")]
+    + [(device, "reference") for device in ("xpu", "meta", "hpu")],
+)
+def test_a_backend_is_taken_where_it_runs(
+    monkeypatch: pytest.MonkeyPatch, device: str, backend: str
+) -> None:
+    """With every backend there is; what serves no such device is not taken for it."""
+    monkeypatch.setattr(native_op, "why_unavailable", lambda backend: "")
+    monkeypatch.setattr(op, "why_no_triton", lambda: "")
+    assert choose_backend(torch.device(device)) == backend
+    assert choose_backend(torch.device(device), wide=True) == "reference"
+
+
+def test_triton_is_taken_where_cuda_was_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native_op, "why_unavailable", lambda backend: "not built")
+    monkeypatch.setattr(op, "why_no_triton", lambda: "")
+    assert choose_backend(torch.device("cuda")) == "triton"
+    assert choose_backend(torch.device("cpu")) == choose_backend(torch.device("mps")) == "reference"
+
+
 def _with(row: int, column: int, value: float) -> Tensor:
     rows = LINES.clone()
     rows[row, column] = value
@@ -241,6 +280,17 @@ def test_refused_tables(case: str) -> None:
 def test_refused_sample_slots(slots: tuple[int, ...]) -> None:
     with pytest.raises(InvalidInput, match=r"^sample_slots="):
         StepTable(LINES.clone(), slots)
+
+
+@pytest.mark.parametrize("row", range(1, 5))
+def test_sample_slots_are_those_that_the_rows_write(row: int) -> None:
+    """Row 0 alone may name any: what it reads was put there by hand."""
+    slots = list(TABLE.sample_slots)
+    slots[0] = (slots[0] + 1) % 6
+    StepTable(LINES.clone(), tuple(slots))
+    slots[row] = (slots[row] + 1) % 6
+    with pytest.raises(InvalidInput, match=rf"^sample_slots\[{row}\]={slots[row]}: row {row - 1} "):
+        StepTable(LINES.clone(), tuple(slots))
 
 
 BRANCHES = {

@@ -38,6 +38,8 @@ __all__ = [
 ]
 
 BACKENDS = ("reference", "triton", "cuda", "cpu")
+SERVING = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}
+"""Per type of device the backends that are taken by default, the fastest first."""
 
 
 def step_update(
@@ -105,9 +107,18 @@ def _launch(
 
 
 def choose_backend(device: torch.device, wide: bool = False) -> str:
-    """Name of the backend that `step_update` takes by default; ``wide``: float64 is involved."""
+    """Name of the backend that `step_update` takes by default.
+
+    "reference" is what remains on devices that no kernel serves (mps, xpu), where none was built,
+    and for float64. It is exact rather than fast, and not every device has its float64: a host
+    that can do the step by itself does so there.
+
+    Args:
+        device: of the state.
+        wide: float64 is involved, in registers, model input or output.
+    """
     if not wide:
-        for name in ("cuda", "triton") if device.type == "cuda" else ("cpu",):
+        for name in SERVING.get(device.type, ()):
             if not why_unavailable(name):
                 return name
     return "reference"
@@ -244,8 +255,7 @@ def _folded(value: Tensor) -> bool:
 
 
 def _share(a: Tensor, b: Tensor) -> bool:
-    if a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return False
+    """By address, not by storage: two of these may lie in one buffer of NumPy's."""
     (low_a, high_a), (low_b, high_b) = _extent(a), _extent(b)
     return low_a < high_b and low_b < high_a
 

@@ -66,10 +66,14 @@ class BranchRows:
 
     def tensor(self, device: torch.device) -> Tensor:
         """int32, shape ``(2, B)``: cond, uncond; made once per device."""
-        if device not in self._tensors:
+        found = self._tensors.get(device)
+        if found is None:
             rows = [self.cond, self.uncond]
-            self._tensors[device] = torch.tensor(rows, dtype=torch.int32, device=device)
-        return self._tensors[device]
+            found = torch.tensor(rows, dtype=torch.int32, device=device)
+            # A tracer's fake must not outlive its trace.
+            if type(found) is Tensor:
+                self._tensors[device] = found
+        return found
 
 
 # Kept, because a loop asks for them in every step and each holds its tensors.

@@ -14,7 +14,7 @@ from typing import Any, cast
 
 import torch
 
-from .op import Backend
+from .op import REGISTRATION, Backend
 
 FOLDER = Path(__file__).parent
 RECORD = "native_build.json"
@@ -27,7 +27,8 @@ def why_unavailable(backend: str) -> str:
     """Why the library of ``backend`` ("cpu" or "cuda") cannot be used; "" where it can."""
     if backend == "cuda" and not torch.cuda.is_available():
         return "there is no CUDA device."
-    return _why_not_loaded(backend)
+    with REGISTRATION:
+        return _why_not_loaded(backend)
 
 
 @cache

@@ -27,9 +27,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from importlib.util import find_spec
 from math import prod
+from threading import RLock
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,15 +61,62 @@ def reference(*args: object) -> None:
     _reference(*args)
 
 
-BLOCKS: dict[str, tuple[int, int]] = {
-    "large": (1024, 4),
-    "small": (256, 2),
+class Launch(NamedTuple):
+    """How a latent is cut into programs."""
+
+    elements: int
+    """Of one sample per program; a power of two."""
+    warps: int
+
+
+class Launches(NamedTuple):
+    """What one architecture is launched with, by size."""
+
+    below: int
+    """Elements of the batch from which on ``large`` is taken."""
+    small: Launch
+    large: Launch
+
+    def of(self, elements: int) -> Launch:
+        """For a batch of so many elements."""
+        return self.small if elements < self.below else self.large
+
+
+# Large: eight elements a thread, which is two 16-byte accesses per float32 register and one per
+# half-precision output. Small: four, and half of each, so that a small latent too has programs for
+# many multiprocessors.
+_SMALL, _LARGE = Launch(256, 2), Launch(1024, 4)
+_DEFAULT = Launches(1 << 18, _SMALL, _LARGE)
+LAUNCHES: dict[int, Launches] = {
+    8: Launches(1 << 18, _SMALL, _LARGE),
+    9: Launches(1 << 18, _SMALL, _LARGE),
+    10: Launches(1 << 19, _SMALL, _LARGE),
+    12: Launches(1 << 19, _SMALL, _LARGE),
 }
-"""(elements per program, warps). Eight elements a thread: two 16-byte loads per float32 register,
-one per half-precision output; in the small block four, and half of each. A latent of fewer than
-`SMALL` elements takes the smaller block, so that the card has more programs than multiprocessors.
+"""By major compute capability; others take the default. Reasoned, not measured.
+
+The bound between the sizes is about two large programs per multiprocessor, the fewest that hide one
+another's latency: 108 multiprocessors on an A100 and 132 on an H100 make 2**18 elements; 148 on a
+B200, with more than twice an H100's bandwidth to keep busy, and 170 on an RTX 5090 make 2**19. The
+programs are the same everywhere, because the width of an access is; test_triton_aot holds that.
+There is no autotuner: it would time launches that move cursors, and no graph could be captured.
 """
-SMALL = 1 << 18
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """Major compute capability; 0 where there is none: on a CPU, on AMD's, in a trace without GPU.
+
+    Asked once per device, of the driver's table: nothing waits for the GPU.
+    """
+    if device.type != "cuda" or torch.version.hip or not torch.cuda.is_available():
+        return 0
+    return torch.cuda.get_device_capability(device)[0]
+
+
+def launch_of(device: torch.device, elements: int) -> Launch:
+    """Block and warps for a batch of ``elements``."""
+    return LAUNCHES.get(architecture(device), _DEFAULT).of(elements)
 
 
 def interpreted() -> bool:
@@ -84,9 +134,18 @@ def why_no_triton() -> str:
     return ""
 
 
-@cache
+REGISTRATION = RLock()
+"""Held while an operator is registered: two threads may ask for their first step at once."""
+
+
 def triton_backend() -> Backend:
     """The Triton operator, registered on first use: ImportError where Triton is missing."""
+    with REGISTRATION:
+        return _triton_operator()
+
+
+@cache
+def _triton_operator() -> Backend:
     name = "thg_engine::step_update_triton"
     if interpreted():
         # The interpreter computes on the spot and cannot be traced into: opaque to torch.compile.
@@ -106,15 +165,26 @@ def step_update_triton(
 
     num_slots, batch = registers.shape[:2]
     numel = prod(registers.shape[2:])
-    block, warps = BLOCKS["small" if batch * numel < SMALL else "large"]
+    block, warps = launch_of(registers.device, batch * numel)
     # At least one program, so that cursors move on also where there are no elements.
     blocks = max(1, (numel + block - 1) // block)
     n1, n2, s0, s1, s2 = layout
-    torch.library.wrap_triton(step_update_kernel)[(blocks, batch)](
-        registers_ptr=registers, cursor_ptr=cursor, table_ptr=table, output_ptr=model_output,
-        output_rows_ptr=output_rows, input_ptr=model_input, timestep_ptr=timestep,
-        input_rows_ptr=input_rows, sample_ptr=sample, noise_ptr=noise, num_rows=table.shape[0],
-        batch=batch, numel=numel, slot_stride=batch * numel, blocks=blocks,
-        output_stride=model_output.stride(0), n1=n1, n2=n2, s0=s0, s1=s1, s2=s2,
-        SLOTS=num_slots, USES=uses, STRIDED=tuple(layout) != FLAT, BLOCK=block, num_warps=warps,
-    )  # fmt: skip
+    kernel = torch.library.wrap_triton(step_update_kernel)
+    with _current(registers.device):
+        kernel[(blocks, batch)](
+            registers_ptr=registers, cursor_ptr=cursor, table_ptr=table, output_ptr=model_output,
+            output_rows_ptr=output_rows, input_ptr=model_input, timestep_ptr=timestep,
+            input_rows_ptr=input_rows, sample_ptr=sample, noise_ptr=noise, num_rows=table.shape[0],
+            batch=batch, numel=numel, slot_stride=batch * numel, blocks=blocks,
+            output_stride=model_output.stride(0), n1=n1, n2=n2, s0=s0, s1=s1, s2=s2,
+            SLOTS=num_slots, USES=uses, STRIDED=tuple(layout) != FLAT, BLOCK=block, num_warps=warps,
+        )  # fmt: skip
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device, whichever its tensors are on: makes that theirs.
+
+    Nothing on a CPU, nor in a trace with a GPU's tensors where there is no GPU.
+    """
+    is_real = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.device(device) if is_real else nullcontext()

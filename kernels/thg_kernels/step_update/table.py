@@ -83,7 +83,7 @@ class StepTable:
             row holds the result.
     Raises:
         InvalidInput: a number that is not finite, a slot that does not exist, a flag that is
-            neither 0 nor 1, no terminal row.
+            neither 0 nor 1, no terminal row, a sample slot other than the row before has written.
     """
 
     rows: Tensor
@@ -101,12 +101,7 @@ class StepTable:
             remedy = f"a row has {HEAD} columns and four for each of 1 to {MAX_SLOTS} slots."
             raise InvalidInput("rows", tuple(rows.shape), remedy)
         _check_values(rows, self.num_slots)
-        if len(self.sample_slots) != len(rows):
-            remedy = f"give one slot for each of the {len(rows)} rows."
-            raise InvalidInput("sample_slots", self.sample_slots, remedy)
-        for slot in self.sample_slots:
-            if not isinstance(slot, int) or not 0 <= slot < self.num_slots:
-                raise InvalidInput("sample_slots", slot, f"there are {self.num_slots} slots.")
+        _check_sample_slots(rows, self.num_slots, self.sample_slots)
 
     @cached_property
     def lines(self) -> list[list[float]]:
@@ -235,3 +230,19 @@ def _check_values(rows: Tensor, num_slots: int) -> None:
     if not len(rows) or bool(active[-1]):
         remedy = "the last row must be a terminal one, with ACTIVE = 0."
         raise InvalidInput("rows", f"<{len(rows)} rows>", remedy)
+
+
+def _check_sample_slots(rows: Tensor, num_slots: int, slots: tuple[int, ...]) -> None:
+    """Refuse slots that are not where the rows have put their samples."""
+    if len(slots) != len(rows):
+        remedy = f"give one slot for each of the {len(rows)} rows."
+        raise InvalidInput("sample_slots", slots, remedy)
+    for slot in slots:
+        if not isinstance(slot, int) or not 0 <= slot < num_slots:
+            raise InvalidInput("sample_slots", slot, f"there are {num_slots} slots.")
+    written = rows[:-1, [Column.ACTIVE, Column.SLOT_SAMPLE]].tolist()
+    for row, (active, stored) in enumerate(written):
+        # Behind a terminal row begins another plan.
+        if active and stored != slots[row + 1]:
+            remedy = f"row {row} stores its sample in slot {int(stored)}: name that one."
+            raise InvalidInput(f"sample_slots[{row + 1}]", slots[row + 1], remedy)

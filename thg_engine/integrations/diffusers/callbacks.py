@@ -37,9 +37,10 @@ def watch_callback(
     except TypeError:
         return args, kwargs  # the pipeline itself will say what is wrong with its arguments
     extra = bound.arguments.get("kwargs", {})
+    callback = bound.arguments.get("callback_on_step_end")
+    run.watched = callback is not None or extra.get(LEGACY) is not None
     if extra.get(LEGACY) is not None:
         extra[LEGACY] = _watched_legacy(extra[LEGACY], run)
-    callback = bound.arguments.get("callback_on_step_end")
     if callback is not None:
         bound.arguments["callback_on_step_end"] = _watched(callback, run)
     if isinstance(callback, (PipelineCallback, MultiPipelineCallbacks)):
@@ -105,7 +106,8 @@ def _plain(value: Any) -> Any:
 def _mark(value: Any) -> Any:
     """What tells an edit in place: the version, or a copy where inference mode keeps none.
 
-    Edits that bypass the version (``tensor.data``, a numpy view) go unseen, as they do to autograd.
+    Edits that bypass the version (``tensor.data``, a numpy view) go unseen, as they do to autograd:
+    what is held stays held. The sample itself counts as it is, however it was edited.
     """
     if not isinstance(value, Tensor):
         return None

@@ -84,7 +84,7 @@ def compile(
     if isinstance(pipe, type) or not hasattr(pipe, "components") or not callable(pipe):
         remedy = "give a loaded pipeline, e.g. StableDiffusionPipeline.from_pretrained(...)."
         raise InvalidArgument("pipe", getattr(pipe, "__name__", type(pipe).__name__), remedy)
-    if fused not in (None, True, False):
+    if not (fused is None or isinstance(fused, bool)):
         raise InvalidArgument("fused", fused, "give True, False or None.")
     return compile_with(pipe, Settings(guidance, load_calibration(calibration), nfe, fused))
 

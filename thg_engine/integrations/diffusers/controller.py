@@ -11,6 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from thg_kernels.step_update import choose_backend
 
 from ...curves import Calibration
 from ...errors import InvalidArgument, ThgError
@@ -20,7 +23,7 @@ from ...plan import SamplingPlan
 from ...schedule import model_timesteps
 from . import hook
 from .adapters import AdapterRecord
-from .planning import ChosenRows, Solver, fused_plan, noise_levels
+from .planning import ChosenRows, FusedPlan, fused_plan, noise_levels
 from .resolve import resolve_guidance
 from .run import PipelineRun
 from .stepping import stepping
@@ -228,12 +231,16 @@ class Controller:
         return self._plan(pipe.scheduler, pipe.num_timesteps, pipe.guidance_scale)
 
     def _fuse(
-        self, pipe: Any, rows: tuple[GuidanceRow, ...], step_kwargs: dict[str, Any]
-    ) -> Solver | str:
-        """The call's plan with solver columns, or why it has none."""
+        self, pipe: Any, rows: tuple[GuidanceRow, ...], step_kwargs: dict[str, Any], sample: Tensor
+    ) -> FusedPlan | str:
+        """The call's plan with solver columns, or why it has none; runs from ``sample``."""
         full = all(row.evaluates_both and row.boost == 1.0 for row in rows)
         if full and self.settings.fused is None:
             return "full guidance leaves the scheduler alone, so that images are bit-identical"
+        wide = sample.dtype is torch.float64
+        is_slow = choose_backend(sample.device, wide) == "reference" and not wide
+        if is_slow and self.settings.fused is None:
+            return f"no backend for {sample.device.type} is ready (thg-engine doctor says why)"
         name = "none" if self.guidance is None else self.guidance.name
         return fused_plan(
             pipe.scheduler,

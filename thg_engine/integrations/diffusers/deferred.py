@@ -4,15 +4,18 @@ Pipelines form ``u + w (c - u)`` by three small kernels and hand the result to `
 The fused step does that itself, so it needs c and u, and w as the pipeline used it. A `BranchSum`
 follows the pipeline's arithmetic on paper: ``chunk(2)`` gives the branches, sums and multiples of
 them stay symbolic. Anything else (a rescaling, a norm, a print) turns it into the very tensor that
-the pipeline would have had, by the same operations in the same order.
+the pipeline would have had, by the same operations in the same order. An edit in place ends the
+waiting for all sums of the call.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -29,6 +32,31 @@ _MULTIPLY = {torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__}
 Weights = tuple[float, float]
 
 
+class Family:
+    """All live sums of one denoiser call.
+
+    Attributes:
+        is_exposed: whether one of them has been edited in place, or may be through a view that is
+            out: none of them is what its weights say any more.
+    """
+
+    def __init__(self) -> None:
+        self.is_exposed = False
+        self._members: list[weakref.ref[BranchSum]] = []
+
+    def add(self, member: BranchSum) -> None:
+        """Count ``member`` in."""
+        self._members.append(weakref.ref(member))
+
+    def expose(self) -> None:
+        """Give every sum its value, before an edit of another reaches what it is computed from."""
+        self.is_exposed = True
+        for reference in self._members:
+            member = reference()
+            if member is not None:
+                member.value()
+
+
 class BranchSum(Tensor):
     """``weights[0] * uncond + weights[1] * cond`` of one denoiser call, or the pair of them.
 
@@ -36,9 +64,11 @@ class BranchSum(Tensor):
         source: identifies the call; branches of different calls do not mix.
         weights: None for the pair, whose batch holds both branches.
         cond_half: which half of the pair is the conditional one.
+        family: all sums of the call; a new one for the pair.
     """
 
     source: object
+    family: Family
     weights: Weights | None
     cond_half: int
     _make: Callable[[], Tensor] | None
@@ -53,13 +83,19 @@ class BranchSum(Tensor):
         weights: Weights | None,
         cond_half: int,
         make: Callable[[], Tensor],
+        family: Family | None = None,
     ) -> BranchSum:
-        """A sum or pair of ``shape``, dtype and device of ``like``; ``make`` computes its value."""
+        """A sum or pair of ``shape``, dtype and device of ``like``.
+
+        ``make`` computes its value, a tensor of its own or a view of the pair's.
+        """
         made: BranchSum = Tensor._make_wrapper_subclass(
             cls, shape, dtype=like.dtype, device=like.device
         )
         made.source, made.weights, made.cond_half = source, weights, cond_half
         made._make, made._value = make, None
+        made.family = family or Family()
+        made.family.add(made)
         return made
 
     def value(self) -> Tensor:
@@ -72,8 +108,8 @@ class BranchSum(Tensor):
 
     @property
     def guidance_scale(self) -> float | None:
-        """w if this is u + w (c - u); None if it is another sum, or the pair."""
-        if self.weights is None:
+        """w if this is u + w (c - u); None if it is another sum, the pair, or edited."""
+        if self.weights is None or self.family.is_exposed:
             return None
         uncond, cond = self.weights
         return cond if math.isclose(uncond + cond, 1.0, abs_tol=1e-6) else None
@@ -90,8 +126,14 @@ class BranchSum(Tensor):
         symbolic = None if kwargs else _symbolic(func, args)
         if symbolic is not None:
             return symbolic
+        sums = [v for v in pytree.tree_leaves((args, kwargs)) if isinstance(v, BranchSum)]
+        if _edits(func, kwargs):
+            _expose(sums)
         args, kwargs = pytree.tree_map_only(BranchSum, BranchSum.value, (args, kwargs))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if _is_view(result, sums):
+            _expose(sums)
+        return result
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -102,8 +144,32 @@ class BranchSum(Tensor):
         return func(*args, **kwargs)
 
 
+def _expose(sums: Sequence[BranchSum]) -> None:
+    for each in sums:
+        each.family.expose()
+
+
+def _is_view(result: Any, sums: Sequence[BranchSum]) -> bool:
+    """Whether an edit of ``result`` would be one of a sum's value."""
+    if isinstance(result, np.ndarray):
+        return True
+    views = [v for v in pytree.tree_leaves(result) if isinstance(v, Tensor)]
+    places = {view.untyped_storage().data_ptr() for view in views}
+    return any(each.value().untyped_storage().data_ptr() in places for each in sums)
+
+
+def _edits(func: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a function changes one of its arguments; ``x += y`` arrives as ``add_``."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    named = kwargs.get("out") is not None or bool(kwargs.get("inplace"))
+    return in_place or named or func is Tensor.__setitem__
+
+
 def _symbolic(func: Any, args: tuple[Any, ...]) -> Any:
     """The result of ``func`` as sums, None where it is not one."""
+    if any(isinstance(value, BranchSum) and value.family.is_exposed for value in args):
+        return None
     if func in _CHUNKS:
         return _halves(*args) if args[1:] == (2,) else None
     if len(args) != 2:
@@ -131,7 +197,7 @@ def _halves(pair: BranchSum, chunks: int) -> tuple[BranchSum, ...] | None:
     def half(k: int) -> BranchSum:
         weights = (0.0, 1.0) if k == pair.cond_half else (1.0, 0.0)
         make = lambda: pair.value().chunk(2)[k]  # noqa: E731
-        return BranchSum(shape, pair, pair.source, weights, pair.cond_half, make)
+        return BranchSum(shape, pair, pair.source, weights, pair.cond_half, make, pair.family)
 
     return half(0), half(1)
 
@@ -142,7 +208,7 @@ def _combined(func: Any, args: tuple[Any, ...], like: BranchSum, weights: Weight
         result: Tensor = func(*plain)
         return result
 
-    return BranchSum(like.shape, like, like.source, weights, like.cond_half, make)
+    return BranchSum(like.shape, like, like.source, weights, like.cond_half, make, like.family)
 
 
 def _weights(value: Any) -> Weights | None:

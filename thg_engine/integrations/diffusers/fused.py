@@ -53,6 +53,9 @@ class FusedStep:
         x: the sample of the first row, shape ``(B, *latent)``.
         model_dtype: of the denoiser's output.
         guides: whether guidance is formed by the row; if not, rows are given guided outputs.
+        dtype: of the samples it returns; that of the denoiser's output if None.
+        watches: whether somebody may edit a returned sample so that torch does not notice
+            (``.data``, a NumPy view); in inference mode every edit is of that kind.
     """
 
     def __init__(
@@ -62,8 +65,11 @@ class FusedStep:
         x: Tensor,
         model_dtype: torch.dtype,
         guides: bool,
+        dtype: torch.dtype | None = None,
+        watches: bool = False,
     ) -> None:
         self.plan, self.solver, self.guides = plan, solver, guides
+        self.dtype, self.watches = dtype or model_dtype, watches
         table = step_table(plan if guides else _unguided(plan))
         wide = torch.float64 in (x.dtype, model_dtype)
         registers = torch.float64 if wide else torch.float32
@@ -73,7 +79,7 @@ class FusedStep:
             line[Column.SLOT_DELTA] for line in table.lines
         ]  # as planned, before any patch
         self._valid: set[int] = set()
-        self._last, self._version = x, 0 if x.is_inference() else x._version
+        self._remember(x)
 
     @property
     def row(self) -> int:
@@ -116,28 +122,42 @@ class FusedStep:
         scale = self.state.table.lines[self.row][Column.INPUT_SCALE] if not self.done else 1.0
         return sample if scale == 1.0 else sample * scale
 
-    def step(self, output: Tensor, sample: Tensor, generator: Any = None) -> Tensor:
-        """Run the next row; returns the next sample, in the dtype of the denoiser's output."""
+    def step(
+        self,
+        output: Tensor,
+        sample: Tensor,
+        generator: Any = None,
+        source: Outputs | None = None,
+    ) -> Tensor:
+        """Run the next row; returns the next sample.
+
+        Args:
+            output: what the pipeline made of the denoiser's answer, guided; a `BranchSum` where it
+                is a sum of the branches.
+            sample: the sample the pipeline steps from.
+            generator: of the noise of stochastic solvers.
+            source: the denoiser call of this row, None where nothing of it may be held.
+        """
         self._take(sample)
         scale = output.guidance_scale if isinstance(output, BranchSum) else None
-        source = output.source if isinstance(output, BranchSum) else None
-        if self.guides and scale is not None and isinstance(source, Outputs):
+        row, kept = self.row, (-1.0, -1.0)
+        if self.guides and scale is not None and source is not None:
             values, branches = source.values, source.branches
             self._rescale(scale, source)
         else:
             values = output.value() if isinstance(output, BranchSum) else output
             branches = BranchRows.cond_only(self.state.batch)
             if self.guides:
-                self._patch(evaluates_both=False, weight=0.0)
-        row = self.row
-        following = torch.empty_like(sample, dtype=values.dtype)
+                kept = self._hand_over(source)
+        following = torch.empty_like(sample, dtype=self.dtype)
         noise = self._draw(sample, values.dtype, generator)
         step_update(
             self.state, values, branches, noise=noise, sample=following, backend=self.backend
         )
         self._note_writes(row)
-        self._last = following
-        self._version = 0 if following.is_inference() else following._version
+        if source is not None:
+            self._keep(source, *kept)
+        self._remember(following)
         return following
 
     def _draw(self, sample: Tensor, dtype: torch.dtype, generator: Any) -> Tensor | None:
@@ -154,13 +174,22 @@ class FusedStep:
         ]
         return drawn[row.noise_draw] if row.noise_weight != 0.0 else None
 
+    def _remember(self, sample: Tensor) -> None:
+        """Note what the pipeline has been given, to tell an edit."""
+        self._last, self._version = sample, 0 if sample.is_inference() else sample._version
+        self._copy = sample.clone() if self.watches or sample.is_inference() else None
+
     def _take(self, sample: Tensor) -> None:
         """Load the sample if it is not the one that the last row returned, as it was returned.
 
-        Tensors of inference mode keep no version, so there an edit in place could not be seen.
+        Registers are wider than samples: where a sample is what it was, its register stays.
         """
-        same = sample is self._last and not sample.is_inference()
-        if not same or sample._version != self._version:
+        if sample is not self._last:
+            self.state.set_samples(sample)
+        elif self._copy is not None:
+            wide = self.state.samples()
+            self.state.set_samples(torch.where(sample == self._copy, wide, sample.to(wide.dtype)))
+        elif sample._version != self._version:
             self.state.set_samples(sample)
 
     def _rescale(self, scale: float, source: Outputs) -> None:
@@ -172,10 +201,33 @@ class FusedStep:
             weight = 0.0
         both = source.guidance.evaluates_both
         if both != bool(line[Column.BOTH]) or abs(weight - line[Column.GUIDANCE]) > 1e-9:
-            self._patch(both, weight)
+            self._replace(self._formed_by(both, weight))
 
-    def _patch(self, evaluates_both: bool, weight: float) -> None:
-        """Change how the next row forms its guidance, on host and device; slots stay as they are.
+    def _hand_over(self, source: Outputs | None) -> tuple[float, float]:
+        """The next row is given a guided output; slots of the delta and output it was to keep."""
+        both = source is not None and source.guidance.evaluates_both
+        rows = self._formed_by(both, weight=0.0)
+        line = rows[self.row]
+        kept = float(line[Column.SLOT_DELTA]), float(line[Column.SLOT_COND])
+        line[[Column.SLOT_DELTA, Column.SLOT_COND]] = -1.0
+        line[Column.BOTH] = 0.0
+        self._replace(rows)
+        return kept
+
+    def _keep(self, source: Outputs, delta_slot: float, cond_slot: float) -> None:
+        """Store what a row that was given a guided output could not know."""
+        values = source.values.to(self.state.registers.dtype)
+        cond = self.state.ordered(values[list(source.branches.cond)])
+        if delta_slot >= 0.0:
+            uncond = self.state.ordered(values[list(source.branches.uncond)])
+            self.state.registers[int(delta_slot)] = cond - uncond
+            self._valid.add(int(delta_slot))
+        if cond_slot >= 0.0:
+            self.state.registers[int(cond_slot)] = cond
+            self._valid.add(int(cond_slot))
+
+    def _formed_by(self, evaluates_both: bool, weight: float) -> Tensor:
+        """The rows, the next one forming its guidance in another way; slots stay as they are.
 
         A row that was to read the newest delta and evaluates both instead puts the fresh one into
         its place.
@@ -190,17 +242,21 @@ class FusedStep:
                 line[Column.SLOT_DELTA] = kept[-1]
         elif not evaluates_both and line[Column.BOTH]:
             line[Column.SLOT_DELTA] = -1.0
-        if weight == 0.0:
-            line[Column.SLOT_COND] = -1.0
         if evaluates_both or weight == 0.0:
             line[weight_columns("to_delta", slots)] = 0.0
             line[weight_columns("to_change", slots)] = 0.0
         line[Column.BOTH], line[Column.GUIDANCE] = float(evaluates_both), weight
+        return rows
+
+    def _replace(self, rows: Tensor) -> None:
+        """Other numbers on host and device."""
         self.state.replace_table(StepTable(rows, self.state.table.sample_slots))
 
     def _note_writes(self, row: int) -> None:
         """Which slots hold deltas and outputs that a later row may read."""
         line = self.state.table.lines[row]
+        for column in (Column.SLOT_SAMPLE, Column.SLOT_GUIDED, Column.SLOT_STATE):
+            self._valid.discard(int(line[column]))
         for column in (Column.SLOT_DELTA, Column.SLOT_COND):
             if line[column] >= 0:
                 self._valid.add(int(line[column]))

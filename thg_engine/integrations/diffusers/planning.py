@@ -7,15 +7,46 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from ...errors import InvalidArgument, UntraceableScheduler
 from ...guidance import GuidanceRow
 from ...lowering import plan_from_table
 from ...plan import SamplingPlan
 from ...schedule import grid_points, model_timesteps
+from ...scheduler_run import NotLinear, SchedulerRun, clone
 from ...table import SolverRow, SolverTable
 from ...trace import trace
 
-Solver = tuple[SamplingPlan, tuple[SolverRow, ...]]
+
+@dataclass(frozen=True)
+class FusedPlan:
+    """A plan whose rows step, and whose rows draw noise as the scheduler does.
+
+    Attributes:
+        plan: guidance and solver.
+        solver: the scheduler's own rows.
+        scheduler: the scheduler itself, before its first step.
+        start: its first model call.
+        step_kwargs: further arguments of its ``step``.
+    """
+
+    plan: SamplingPlan
+    solver: tuple[SolverRow, ...]
+    scheduler: Any
+    start: int
+    step_kwargs: dict[str, Any]
+
+    def result_dtype(self, sample: torch.dtype, output: torch.dtype) -> torch.dtype:
+        """Dtype of the sample that the scheduler's own step makes of these."""
+        if sample is output:
+            return sample
+        run = SchedulerRun(clone(self.scheduler), self.start, self.step_kwargs)
+        zeros = torch.zeros(1, 1, 1, 2)
+        try:
+            return run.step(0, zeros.to(output), zeros.to(sample)).dtype
+        except NotLinear:  # it cannot step a CPU copy of these dtypes: as most schedulers do
+            return output
 
 
 @dataclass(frozen=True)
@@ -36,8 +67,8 @@ def fused_plan(
     guidance: ChosenRows,
     guidance_scale: float,
     step_kwargs: dict[str, Any],
-) -> Solver | str:
-    """The plan with the scheduler's own step as columns, and its rows, or why there are none.
+) -> FusedPlan | str:
+    """The plan with the scheduler's own step as columns, or why there is none.
 
     Args:
         scheduler: timesteps set, no step taken.
@@ -58,7 +89,8 @@ def fused_plan(
         return f"{table.name} keeps more between its steps than samples and outputs"
     if len(table.rows) != len(guidance.chosen):
         return f"{table.name} takes {len(table.rows)} steps in {len(guidance.chosen)} model calls"
-    return _lowered(table, guidance, guidance_scale), table.rows
+    plan = _lowered(table, guidance, guidance_scale)
+    return FusedPlan(plan, table.rows, scheduler, start, kwargs)
 
 
 @lru_cache(maxsize=64)

@@ -29,7 +29,7 @@ from .adapters import AdapterRecord
 from .deferred import BranchSum
 from .fused import FusedStep, Outputs
 from .held import HeldGuidance
-from .planning import Solver
+from .planning import FusedPlan
 from .slicing import CannotSlice, slice_half
 
 Rows = tuple[GuidanceRow, ...]
@@ -44,8 +44,8 @@ class PipelineRun:
         module: its denoiser.
         record: its adapter record.
         make_plan: gives guidance rows and plan once the pipeline has set its timesteps.
-        make_fused: gives the plan with solver columns for these arguments of ``scheduler.step``,
-            or the reason why there is none; None: the scheduler steps.
+        make_fused: gives the plan with solver columns for these arguments of ``scheduler.step``
+            and this sample, or the reason why there is none; None: the scheduler steps.
 
     Attributes:
         plan: plan of this run; None before the first guided model call.
@@ -54,6 +54,7 @@ class PipelineRun:
         fallbacks: reasons for which rows ran full guidance against the plan.
         fused: the fused step, once the first step has been taken by it.
         unfused: why the scheduler steps by itself, "" where it does not.
+        watched: whether a callback sees the samples.
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class PipelineRun:
         module: torch.nn.Module,
         record: AdapterRecord,
         make_plan: Callable[[], tuple[Rows, SamplingPlan]],
-        make_fused: Callable[[Rows, dict[str, Any]], Solver | str] | None = None,
+        make_fused: Callable[[Rows, dict[str, Any], Tensor], FusedPlan | str] | None = None,
     ) -> None:
         self.pipe, self.module, self.record = pipe, module, record
         self._make_plan: Any = make_plan
@@ -77,6 +78,8 @@ class PipelineRun:
         self._is_full = False
         self._held = HeldGuidance()
         self._embeds: tuple[Tensor, int] | None = None
+        self._source: Outputs | None = None
+        self.watched = False
 
     def invalidate(self) -> None:
         """Forget held deltas: the next row evaluates both branches."""
@@ -88,12 +91,13 @@ class PipelineRun:
         """Let go of pipeline and tensors: a controller keeps the run for its report."""
         self.invalidate()
         self._embeds = self.pipe = self._make_plan = self._make_fused = self.fused = None
+        self._source = None
 
     def prepare(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]:
         """What the denoiser is called with in this row, and what becomes of its output."""
-        index, self.calls = self.calls, self.calls + 1
+        index, self.calls, self._source = self.calls, self.calls + 1, None
         if not self.pipe.do_classifier_free_guidance:
             # The pipeline itself feeds the conditional branch alone: nothing to save, and should
             # guidance come back later in the run, what is held would be stale.
@@ -145,6 +149,8 @@ class PipelineRun:
 
     def _both(self, index: int, row: GuidanceRow, output: Any) -> Any:
         """Both branches; the output itself unless the row boosts its delta or is deferred."""
+        if self._is_full and not self._defers:
+            return output
         halves = output[0].chunk(2)
         cond, uncond = halves[self.record.cond_half], halves[1 - self.record.cond_half]
         if not self._guides:
@@ -154,7 +160,7 @@ class PipelineRun:
 
         def make() -> Tensor:
             if row.boost == 1.0:
-                whole: Tensor = output[0]
+                whole: Tensor = output[0].clone()  # may be edited, and the row reads the original
                 return whole
             return self._pair(cond, row.boost * (cond.float() - uncond.float()))
 
@@ -194,6 +200,7 @@ class PipelineRun:
     def _deferred(
         self, source: Outputs, shape: torch.Size, make: Callable[[], Tensor]
     ) -> BranchSum:
+        self._source = source
         return BranchSum(shape, source.values, source, None, self.record.cond_half, make)
 
     def _pair(self, cond: Tensor, delta: Tensor) -> Tensor:
@@ -207,7 +214,7 @@ class PipelineRun:
             self.unfused = self._start_fused(output, sample, dict(kwargs))
         if self.fused is None:
             return None
-        following = self.fused.step(output, sample, kwargs.get("generator"))
+        following = self.fused.step(output, sample, kwargs.get("generator"), self._source)
         self.fused_steps += 1
         return following
 
@@ -219,15 +226,25 @@ class PipelineRun:
             return "full guidance runs as in the plain pipeline"
         if kwargs.pop("return_dict", True):
             return "the pipeline wants more than the sample from its scheduler's step"
-        made = self._make_fused(self._rows, kwargs)
+        made = self._make_fused(self._rows, kwargs, sample)
         if isinstance(made, str):
             return made
         deferred = isinstance(output, BranchSum) and output.guidance_scale is not None
         if not deferred and isinstance(output, BranchSum):
             output = output.value()
-        self.plan, solver = made
-        self.fused = FusedStep(self.plan, solver, sample, output.dtype, guides=deferred)
+        self.plan = made.plan
+        self.fused = FusedStep(
+            made.plan,
+            made.solver,
+            sample,
+            output.dtype,
+            guides=deferred,
+            dtype=made.result_dtype(sample.dtype, output.dtype),
+            watches=self.watched,
+        )
         self.backend = self.fused.backend
+        if deferred:
+            self._held.clear()  # the registers hold from here on
         return ""
 
     def _watch_embeds(self, named: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ run has no answer, or the scheduler is a copy or somebody else's, its own code r
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +28,12 @@ _users: Counter[int] = Counter()
 
 
 class SteppedScheduler:
-    """Mixin of every class made here."""
+    """Mixin of every class made here. Copies and pickles are of the scheduler's own class."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        own = tuple(base_class(self) if value is type(self) else value for value in reduced[1])
+        return (reduced[0], own, *reduced[2:])
 
 
 @contextmanager
@@ -71,18 +77,22 @@ def _scaling(original: Any) -> Any:
 def _stepped_class(base: type[Any]) -> type[Any]:
     """The subclass of ``base`` whose ``step`` asks the run; carries the name of ``base``."""
     original = base.step
+    further = list(inspect.signature(original).parameters)[4:]
 
     @functools.wraps(original)
-    def step(self: Any, model_output: Any, timestep: Any, sample: Any, **kwargs: Any) -> Any:
+    def step(
+        self: Any, model_output: Any, timestep: Any, sample: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         run = hook.current_run()
         following = None
         if run is not None and run.pipe.scheduler is self:
-            following = _fused(run, self, model_output, timestep, sample, kwargs)
+            named = {**dict(zip(further, args, strict=False)), **kwargs}
+            following = _fused(run, self, model_output, timestep, sample, named)
         if following is not None:
             return (following,)
         if isinstance(model_output, BranchSum):
             model_output = model_output.value()
-        return original(self, model_output, timestep, sample, **kwargs)
+        return original(self, model_output, timestep, sample, *args, **kwargs)
 
     body: dict[str, Any] = {
         "step": step,
