@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import pickle
 import threading
 
@@ -221,9 +222,18 @@ def test_a_rescaled_guidance_is_formed_by_the_pipeline(when, method, name):
     ],
     ids=["mul_", "clamp_", "view", "setitem", "out", "inplace"],
 )
-def test_a_denoiser_hook_that_edits_its_output_in_place(edit):
+@pytest.mark.parametrize("since", [0, 2])
+def test_a_denoiser_hook_that_edits_its_output_in_place(edit, since):
+    """From the beginning, where the pipeline guides all rows, and from the third row on."""
+
     def prepare(pipe):
-        pipe.unet.register_forward_hook(lambda module, args, out: (edit(out[0]), out)[1])
+        calls = itertools.count()
+
+        def hook(module, args, out):
+            if next(calls) >= since:
+                edit(out[0])
+
+        pipe.unet.register_forward_hook(hook)
 
     (own, own_rows), (fused, fused_rows) = both_ways(HELD, prepare=prepare)
     assert fused_rows == own_rows

@@ -418,3 +418,39 @@ def test_batch_members_do_not_mix():
         torch.testing.assert_close(
             Engine(Network()).sample(*part, plan), whole[i : i + 1], rtol=1e-6, atol=1e-6
         )
+
+
+# -- what the kernels would refuse later -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["cuda", "nonsense", "cpu"])
+def test_a_backend_that_cannot_run_is_refused_before_any_call(backend):
+    network, (x_T, cond, uncond) = Network(), inputs()
+    engine = Engine(network, register_dtype=torch.float64, backend=backend)
+    with pytest.raises(InvalidArgument, match="backend="):
+        engine.sample(
+            x_T, cond, uncond, plan_from_solver(SOLVERS["ddim"], vp_points(3), CFG(), 3.0)
+        )
+    assert network.calls == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32])
+def test_a_model_dtype_that_no_kernel_has_is_refused(dtype):
+    with pytest.raises(InvalidArgument, match=r"model_dtype=.*use one of torch\.float16"):
+        Engine(Network(), model_dtype=dtype)
+
+
+def test_a_denoiser_may_return_its_input_or_something_else():
+    plan = plan_from_solver(SOLVERS["ddim"], vp_points(3), CFG(), 3.0)
+    x_T, cond, uncond = inputs(dtype=torch.float32)
+    found = Engine(lambda x, t, c: x).sample(x_T, cond, uncond, plan)
+    assert torch.equal(found, Engine(lambda x, t, c: x.clone()).sample(x_T, cond, uncond, plan))
+    with pytest.raises(InvalidArgument, match="must return a tensor"):
+        Engine(lambda x, t, c: (x,)).sample(x_T, cond, uncond, plan)
+
+
+def test_a_result_does_not_keep_the_registers_alive():
+    plan = plan_from_solver(SOLVERS["dpmpp2m"], vp_points(5), THG(grid=2), 3.0)
+    x_T, cond, uncond = inputs(dtype=torch.float32)
+    found = Engine(Network()).sample(x_T, cond, uncond, plan)
+    assert found.untyped_storage().nbytes() == found.numel() * found.element_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from scheduler_cases import CLASSES, available, build, names, prepared, real_run
 from thg_engine.errors import UntraceableScheduler
-from thg_engine.trace import trace
+from thg_engine.trace import trace, trace_cache_clear
 
 TOLERANCE = 1e-6
 
@@ -168,3 +169,17 @@ def test_classes_of_the_same_name_do_not_share_tables():
     double = _fake(lambda self, x, h, v: x + 2.0 * h * v)
     assert trace(double) is trace(double)
     assert trace(_fake()).rows != trace(double).rows
+
+
+def test_a_refusal_is_remembered(monkeypatch):
+    """Tracing a step that is not linear takes as long as any other, in every call of a pipeline."""
+    trace_cache_clear()
+    trace_module = sys.modules["thg_engine.trace"]  # the package has a function of that name
+    scheduler, messages = build("DDIMScheduler", clip_sample=True), []
+    for _ in range(2):
+        with pytest.raises(UntraceableScheduler) as error:
+            trace(scheduler, 6)
+        messages.append(str(error.value))
+        monkeypatch.setattr(trace_module, "_trace", None)  # nobody may call it again
+    assert messages[0] == messages[1] and "clip_sample" in messages[0]
+    trace_cache_clear()

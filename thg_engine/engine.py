@@ -18,7 +18,14 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm import tqdm
 
-from thg_kernels.step_update import BranchRows, StepState, step_update
+from thg_kernels.step_update import (
+    BackendUnavailable,
+    BranchRows,
+    InvalidInput,
+    StepState,
+    resolve_backend,
+    step_update,
+)
 from thg_kernels.step_update.state import MODEL_DTYPES
 
 from .errors import InvalidArgument, ThgError
@@ -176,6 +183,7 @@ class Engine:
             raise InvalidArgument("plan", f"<{plan.method} on {plan.solver}>", remedy)
         check_inputs(x_T, cond, uncond, both=any(row.evaluates_both for row in plan.rows))
         _check_generator(generator, x_T.device)
+        self._check_backend(x_T)
         state = StepState(
             step_table(plan),
             x_T,
@@ -184,6 +192,13 @@ class Engine:
             inputs=BranchRows.both(x_T.shape[0]),
         )
         return Run(plan, state, cond, uncond, generator, _version=state.registers._version)
+
+    def _check_backend(self, x_T: Tensor) -> None:
+        wide = torch.float64 in (self.model_dtype or x_T.dtype, self.register_dtype)
+        try:
+            resolve_backend(self.backend, x_T.device, wide)
+        except (InvalidInput, BackendUnavailable) as error:
+            raise InvalidArgument("backend", self.backend, str(error)) from error
 
     @torch.no_grad()
     def step(self, run: Run) -> Tensor:

@@ -31,6 +31,7 @@ __all__ = [
     "Uses",
     "blank_rows",
     "choose_backend",
+    "resolve_backend",
     "stack",
     "step_update",
     "weight_columns",
@@ -68,7 +69,7 @@ def step_update(
     """
     active = _check_call(state, model_output, outputs, noise, sample)
     wide = torch.float64 in (state.registers.dtype, state.model_dtype, model_output.dtype)
-    run = _backend(backend, state, wide)
+    run = _backend(backend, state.device, wide)
     if sample is None:
         _launch(run, state, model_output, outputs, noise, None)
     else:
@@ -135,21 +136,36 @@ def why_unavailable(backend: str) -> str:
     return ""
 
 
-def _backend(name: str | None, state: StepState, wide: bool) -> op.Backend:
-    """The function that launches; `name` None: the default of the state's device."""
-    device = state.device
+def resolve_backend(name: str | None, device: torch.device, wide: bool = False) -> str:
+    """The backend that `step_update` runs on when ``name`` is asked for; None: the default.
+
+    Args:
+        name: one of `BACKENDS`.
+        device: of the state.
+        wide: float64 is involved, in registers, model input or output.
+    Raises:
+        InvalidInput: it does not serve this device or float64; BackendUnavailable: not here.
+    """
     chosen = name or choose_backend(device, wide)
     reason = why_unavailable(chosen)
     if reason:
         raise BackendUnavailable(f"backend {chosen!r} cannot run: {reason}")
     if chosen == "reference":
-        return op.reference
+        return chosen
     if wide:
         remedy = "float64 runs on the reference backend."
         raise InvalidInput("backend", chosen, remedy)
     wanted = "cpu" if chosen == "cpu" or (chosen == "triton" and op.interpreted()) else "cuda"
     if device.type != wanted:
         raise InvalidInput("backend", chosen, f"it runs on {wanted}, the state is on {device}.")
+    return chosen
+
+
+def _backend(name: str | None, device: torch.device, wide: bool) -> op.Backend:
+    """The function that launches."""
+    chosen = resolve_backend(name, device, wide)
+    if chosen == "reference":
+        return op.reference
     return op.triton_backend() if chosen == "triton" else native_op.native_backend(chosen)
 
 
