@@ -62,6 +62,23 @@ def poisoned(state, output, outputs):
     state.model_input.flatten()[-1] = math.nan
 
 
+def truncated(state, output, outputs):
+    """Towards zero, where rounding to nearest is asked for: one unit in the last place at most."""
+    sound(state, output, outputs)
+    line = state.table.lines[state.positions[0]]
+    exact = line[step_cases.Column.INPUT_SCALE] * state.samples()
+    for half in state.model_input:
+        above = half.float().abs() > exact[0].abs()
+        half.view(torch.int16).sub_(above.to(torch.int16))
+
+
+def off_where_small(state, output, outputs):
+    """By a few units in the last place, at the element whose terms are the smallest."""
+    sizes = state.samples().abs().flatten() + 10 * output.abs().sum(0).flatten()
+    sound(state, output, outputs)
+    state.samples().flatten()[sizes.argmin()] += 5e-7
+
+
 def broken(state, output, outputs):
     raise RuntimeError("no such symbol")
 
@@ -113,16 +130,56 @@ def test_speedups_are_stated_where_everything_passes(tmp_path, backend, capsys):
 
 @pytest.mark.parametrize(
     ("fault", "message"),
-    [(off, "registers off by"), (poisoned, "model input off by nan"), (broken, "no such symbol")],
+    [
+        (off, "registers off by"),
+        (off_where_small, "registers: 1 wrong"),
+        (poisoned, "model input off by nan"),
+        (truncated, "model_input: "),
+        (broken, "no such symbol"),
+    ],
 )
 def test_a_wrong_backend_gets_no_speedup(tmp_path, backend, capsys, fault, message):
     backend(fault)
-    code, result = run(tmp_path / "rows.json")
+    dtype = "fp16" if fault is truncated else "fp32"
+    code, result = run(tmp_path / "rows.json", "--dtype", dtype)
     assert code == 1 and message in result["refusal"]
     timed = ["diffusers", "torch"] + [FASTEST] * (fault is not broken)
     assert [row["provider"] for row in result["rows"]] == timed
     assert all(row["ms_median"] > 0 and row["speedup"] is None for row in result["rows"])
     assert "no speed-up is stated" in capsys.readouterr().out
+
+
+def test_a_half_precision_backend_that_rounds_passes(tmp_path, backend):
+    """What `truncated` differs from."""
+    backend(sound)
+    code, result = run(tmp_path / "rows.json", "--dtype", "fp16")
+    assert code == 0 and result["refusal"] == ""
+
+
+@pytest.mark.parametrize("elements", [1, 7, 8, 9, 16, 20, 24, 31])
+def test_pieces_stand_at_both_ends_and_in_the_middle(monkeypatch, elements):
+    monkeypatch.setattr(bench, "PIECE", 8)
+    monkeypatch.setitem(step_cases.SIZES, "tiny", (1, elements))
+    case = step_cases.Case("ddim/cfg", "tiny")
+    inputs = step_cases.Inputs.of(case)
+    inputs.registers.copy_(torch.arange(elements))
+    pieces = bench._pieces(step_cases.FusedStep(case, inputs, "reference"), case)
+    seen = [sorted(set(piece.registers.flatten().tolist())) for piece in pieces]
+    assert {0, elements - 1} <= {int(value) for piece in seen for value in piece}
+    middle = [elements // 2] if elements > 8 else []
+    assert all(any(value in piece for piece in seen) for value in middle)
+    for piece in pieces:
+        size = piece.registers.shape[-1]
+        assert size == piece.model_output.shape[-1] == piece.model_input.shape[-1] <= 8
+    if elements <= 24:
+        assert len(set().union(*seen)) == elements, "all of it"
+
+
+def test_every_test_of_the_kernels_counts():
+    """Those of resources (of compiled code) and of the build apart: they say nothing of results."""
+    names = {Path(path).name for path in bench.KERNEL_TESTS}
+    there = {path.name for path in (ROOT / "tests" / "kernels").glob("test_*.py")}
+    assert there - names == {"test_triton_aot.py", "test_csrc.py"}
 
 
 def test_red_kernel_tests_are_a_refusal(tmp_path, backend, monkeypatch):
