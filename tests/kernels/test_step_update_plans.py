@@ -33,7 +33,7 @@ HALF, BRAIN, SINGLE = torch.float16, torch.bfloat16, torch.float32
 # Guidance, dtype of the denoiser, latent.
 PLANS: dict[str, tuple[Guidance, torch.dtype, tuple[int, ...]]] = {
     "cfg": (CFG(), HALF, (3, 5, 7)),
-    "thg": (THG(grid=3), BRAIN, (2, 3, 3, 5)),
+    "thg": (THG(grid=3, boost=1.1), BRAIN, (2, 3, 3, 5)),
     "cfg-cache": (CFGCache(interval=3), SINGLE, (5, 7)),
     "interval": (GuidanceInterval(), HALF, (37,)),
     "selective": (SelectiveGuidance(), SINGLE, (3, 5, 1)),
