@@ -36,12 +36,23 @@ CORE: dict[str, set[str]] = {
     "plan": {"errors", "table"},
     "lowering": {"errors", "table", "schedule", "solvers", "guidance", "plan"},
     "packing": {"plan"},
-    "engine": {"errors", "plan", "packing"},
+    "fingerprint": set(),
+    "graphs": {"errors"},
+    "graph_cache": {"errors", "graphs"},
+    "step_buffers": {"graphs"},
+    "checks": {"errors", "step_buffers"},
+    "run": {"plan", "graph_cache", "step_buffers"},
+    "engine": {
+        *("errors", "plan", "packing", "fingerprint", "graph_cache", "step_buffers"),
+        *("checks", "run"),
+    },
     "calibration": {
         *("errors", "table", "schedule", "curves", "solvers", "grid", "guidance"),
-        *("plan", "lowering", "engine"),
+        *("plan", "lowering", "step_buffers", "checks", "engine"),
     },
 }
+# Of the core, what runs a plan on a device.
+RUNTIME = {"fingerprint", "graphs", "graph_cache", "step_buffers", "checks", "run", "engine"}
 # "" is the package's own __init__.
 ALLOWED: dict[str, set[str]] = {
     **CORE,
@@ -56,7 +67,7 @@ ALLOWED: dict[str, set[str]] = {
 KNOW_DIFFUSERS = {DIFFUSERS, "demo"}
 # Only these may import the integration, and only inside a function.
 LAZY_INTEGRATION = {"", "cli", "demo"}
-MAY_USE_KERNELS = {"packing", "engine", "doctor", DIFFUSERS}
+MAY_USE_KERNELS = {"packing", "step_buffers", "run", "engine", "doctor", DIFFUSERS}
 HEAVY = {"diffusers", "transformers"}
 
 

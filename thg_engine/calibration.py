@@ -20,12 +20,14 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .checks import check_inputs
 from .curves import Calibration
-from .engine import Conditioning, Engine, check_inputs
+from .engine import Engine
 from .errors import InvalidArgument
 from .grid import LAMBDA_BOUND
 from .schedule import NoiseSchedule, Point
 from .solvers import Solver, get_solver
+from .step_buffers import Conditioning
 
 FLOOR = 1e-12
 """Smallest error norm kept: a curve must stay positive to have a ratio."""

@@ -4,13 +4,13 @@
     x_0 = engine.sample(x_T, cond, uncond, plan)
 
 For a loop of one's own, ``begin`` gives a `Run`, ``step`` advances it by one row, ``result`` reads
-it.
+it. On CUDA a step is one replay of a graph (`graphs`), denoiser and row together.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -28,12 +28,14 @@ from thg_kernels.step_update import (
 )
 from thg_kernels.step_update.state import MODEL_DTYPES
 
+from .checks import check_generator, check_inputs
 from .errors import InvalidArgument, ThgError
+from .fingerprint import module_fingerprint, why_moving
+from .graph_cache import GraphCache, Lease
 from .packing import step_table
 from .plan import SamplingPlan
-
-Conditioning = Any
-"""A tensor, or nested dicts, lists and tuples of tensors, batch first; None entries stay."""
+from .run import Run
+from .step_buffers import Conditioning, Shape, StepBuffers, concatenate, signature_of
 
 
 class Denoiser(Protocol):
@@ -54,49 +56,6 @@ class Denoiser(Protocol):
 StepCallback = Callable[["Run"], None]
 
 
-@dataclass
-class Run:
-    """State of one sampling run.
-
-    Attributes:
-        plan: what is being run.
-        state: registers, cursor and buffers on the device.
-        cond, uncond: conditioning of the two branches.
-        generator: source of the noise of stochastic solvers.
-        row: index of the next row; ``plan.num_rows`` when the run is over.
-        nfe: denoiser evaluations per sample so far.
-    """
-
-    plan: SamplingPlan
-    state: StepState
-    cond: Conditioning
-    uncond: Conditioning
-    generator: torch.Generator | None
-    row: int = 0
-    nfe: int = 0
-    _version: int = -1
-    _both: Conditioning = None
-
-    @property
-    def sample(self) -> Tensor:
-        """The current x, shape of x_T, in the register dtype.
-
-        A view of a register, good until the next step; edits in place count from the next row on.
-        """
-        return self.state.samples()
-
-    @property
-    def done(self) -> bool:
-        """Whether every row has run."""
-        return self.row == self.plan.num_rows
-
-    def both_conditionings(self) -> Conditioning:
-        """[uncond, cond] along the batch, made once."""
-        if self._both is None:
-            self._both = pytree.tree_map(_concatenate, self.uncond, self.cond)
-        return self._both
-
-
 class Engine:
     """Runs sampling plans on one denoiser.
 
@@ -106,6 +65,13 @@ class Engine:
         register_dtype: dtype of samples, outputs and deltas between the calls. float64 runs in
             plain torch.
         backend: of the fused step, see `thg_kernels.step_update`; the fastest there is if None.
+        graph: whether a step is one replay of a captured CUDA graph. None: where that is faster;
+            True: wherever it is possible; False: never. "trajectory": the whole of `sample` is one
+            graph, for tiny models, where nobody watches its steps.
+        captures_late: capture a shape when it is first run; if not, in `warm_up` alone.
+        watch: the network behind ``denoiser``: its weights and modes decide how long graphs hold.
+            The denoiser itself if it is a module.
+        max_shapes: shapes that may have graphs at a time.
     """
 
     def __init__(
@@ -115,6 +81,10 @@ class Engine:
         model_dtype: torch.dtype | None = None,
         register_dtype: torch.dtype = torch.float32,
         backend: str | None = None,
+        graph: bool | str | None = None,
+        captures_late: bool = True,
+        watch: torch.nn.Module | None = None,
+        max_shapes: int = 4,
     ) -> None:
         if not callable(denoiser):
             raise InvalidArgument(
@@ -130,6 +100,11 @@ class Engine:
         self.model_dtype = model_dtype
         self.register_dtype = register_dtype
         self.backend = backend
+        if not (graph is None or isinstance(graph, bool) or graph == "trajectory"):
+            raise InvalidArgument("graph", graph, 'give True, False, None or "trajectory".')
+        self.graph = graph
+        self._watch: Any = denoiser if watch is None else watch
+        self._graphs = GraphCache(max_shapes, choose=graph is None, captures_late=captures_late)
 
     def sample(
         self,
@@ -157,14 +132,19 @@ class Engine:
         Raises:
             InvalidArgument: before any denoiser call.
         """
-        run = self.begin(x_T, cond, uncond, plan, generator=generator)
-        with tqdm(total=plan.num_rows, disable=not progress) as bar:
-            while not run.done:
-                self.step(run)
-                bar.update()
-                if callback is not None:
-                    callback(run)
-        return self.result(run).to(x_T.dtype, copy=True)  # not a view of all registers
+        whole = self.graph == "trajectory" and callback is None
+        run = self._begin(x_T, cond, uncond, plan, generator, whole)
+        try:
+            with tqdm(total=plan.num_rows, disable=not progress) as bar:
+                while not run.done:
+                    done = run.row
+                    self._step_all(run) if whole and run.lease else self.step(run)
+                    bar.update(run.row - done)
+                    if callback is not None:
+                        callback(run)
+            return self.result(run).to(x_T.dtype, copy=True)  # not a view of all registers
+        finally:
+            run.release()
 
     def begin(
         self,
@@ -175,30 +155,130 @@ class Engine:
         *,
         generator: torch.Generator | None = None,
     ) -> Run:
-        """Check the arguments and set up a run; evaluates nothing."""
+        """Check the arguments and set up a run; no row is evaluated.
+
+        On CUDA the first run of a shape captures its graphs, which takes some denoiser calls.
+        """
+        return self._begin(x_T, cond, uncond, plan, generator, whole=False)
+
+    def warm_up(
+        self, x_T: Tensor, cond: Conditioning, uncond: Conditioning, plan: SamplingPlan
+    ) -> str:
+        """Capture the graphs of a shape ahead of its first run.
+
+        Returns:
+            Why there are none; "" where they are ready.
+        """
+        self._check(x_T, cond, uncond, plan, None)
+        whole = self.graph == "trajectory"
+        found = self._acquire(x_T, cond, uncond, plan, whole, warms_up=True)
+        if isinstance(found, str):
+            return found
+        found.release()
+        return ""
+
+    def flush(self) -> None:
+        """Drop all graphs and their memory; those in use go when their run ends."""
+        self._graphs.flush()
+
+    def stats(self) -> dict[str, Any]:
+        """Counters of graphs: captures, replays, eager_calls, refusals (reason -> runs),
+        pool_bytes, capture_seconds, leaked_bytes, and per captured shape ms of a step,
+        (eager, graphed), where they were compared.
+        """
+        return self._graphs.report()
+
+    def _check(
+        self,
+        x_T: Tensor,
+        cond: Conditioning,
+        uncond: Conditioning,
+        plan: SamplingPlan,
+        generator: torch.Generator | None,
+    ) -> None:
+        """Refuse what cannot be run."""
         if not isinstance(plan, SamplingPlan):
             raise InvalidArgument("plan", plan, "give a SamplingPlan.")
         if not plan.steps_itself:
             remedy = "it has guidance columns alone; make one with plan_from_table or a solver."
             raise InvalidArgument("plan", f"<{plan.method} on {plan.solver}>", remedy)
         check_inputs(x_T, cond, uncond, both=any(row.evaluates_both for row in plan.rows))
-        _check_generator(generator, x_T.device)
-        self._check_backend(x_T)
-        state = StepState(
-            step_table(plan),
-            x_T,
-            model_dtype=self.model_dtype or x_T.dtype,
-            register_dtype=self.register_dtype,
-            inputs=BranchRows.both(x_T.shape[0]),
-        )
-        return Run(plan, state, cond, uncond, generator, _version=state.registers._version)
+        check_generator(generator, x_T.device)
+        self._backend_for(x_T)
 
-    def _check_backend(self, x_T: Tensor) -> None:
+    def _backend_for(self, x_T: Tensor) -> str:
         wide = torch.float64 in (self.model_dtype or x_T.dtype, self.register_dtype)
         try:
-            resolve_backend(self.backend, x_T.device, wide)
+            return resolve_backend(self.backend, x_T.device, wide)
         except (InvalidInput, BackendUnavailable) as error:
             raise InvalidArgument("backend", self.backend, str(error)) from error
+
+    def _begin(
+        self,
+        x_T: Tensor,
+        cond: Conditioning,
+        uncond: Conditioning,
+        plan: SamplingPlan,
+        generator: torch.Generator | None,
+        whole: bool,
+    ) -> Run:
+        """A run on graphs, of single steps or the ``whole`` of it, or an eager one."""
+        self._check(x_T, cond, uncond, plan, generator)
+        found = self._acquire(x_T, cond, uncond, plan, whole)
+        if isinstance(found, Lease):
+            found.buffers.load(step_table(plan), x_T, cond, uncond)
+            state = found.buffers.state
+            run = Run(plan, state, cond, uncond, generator, lease=found)
+            weakref.finalize(run, found.release)  # an abandoned run must not keep them
+        else:
+            state = StepState(
+                step_table(plan),
+                x_T,
+                model_dtype=self.model_dtype or x_T.dtype,
+                register_dtype=self.register_dtype,
+                inputs=BranchRows.both(x_T.shape[0]),
+            )
+            run = Run(plan, state, cond, uncond, generator)
+        run._version = state.registers._version
+        return run
+
+    def _acquire(
+        self,
+        x_T: Tensor,
+        cond: Conditioning,
+        uncond: Conditioning,
+        plan: SamplingPlan,
+        whole: bool,
+        warms_up: bool = False,
+    ) -> Lease | str:
+        """Graphs and static buffers for a run, or why it goes without."""
+        if self.graph is False:
+            return "graphs are turned off"
+        backend, table = self._backend_for(x_T), step_table(plan)
+        shape = Shape(
+            self.model_dtype or x_T.dtype,
+            self.register_dtype,
+            backend,
+            table.num_rows,
+            table.num_slots,
+            any(row.evaluates_both for row in plan.rows),
+        )
+        shape = shape.roomy(x_T.shape[0], x_T[0].numel())
+        if not shape.evaluates_both:
+            uncond = None
+        pattern = [(row.evaluates_both, row.noise_weight != 0.0) for row in plan.rows]
+        pattern = pattern if whole else []
+        signature = signature_of((x_T, cond, uncond, shape, tuple(pattern)))
+        moving = why_moving(self._watch)
+        if backend == "reference" or moving:
+            return self._graphs.refuse(moving or "the reference backend asks the device")
+        return self._graphs.acquire(
+            signature,
+            module_fingerprint(self._watch),
+            x_T.device,
+            lambda: StepBuffers(self._call, x_T, cond, uncond, shape, pattern),
+            warms_up=warms_up,
+        )
 
     @torch.no_grad()
     def step(self, run: Run) -> Tensor:
@@ -211,16 +291,37 @@ class Engine:
         row, state = run.plan.rows[run.row], run.state
         if state.registers._version != run._version:
             state.refresh_input()  # a callback has edited the sample
-        output, outputs = self._evaluate_row(run, row.evaluates_both)
-        noise = None
-        if row.noise_weight != 0.0:
-            x = run.sample
-            noise = torch.randn(x.shape, generator=run.generator, device=x.device, dtype=x.dtype)
-        step_update(state, output, outputs, noise=noise, backend=self.backend)
+        if run.lease is not None:
+            self._draw_into(run, run.row)
+            run.lease.replay("both" if row.evaluates_both else "cond")
+            state.advance(range(state.batch))
+        else:
+            output, outputs = self._evaluate_row(run, row.evaluates_both)
+            noise = run.noise() if row.noise_weight != 0.0 else None
+            step_update(state, output, outputs, noise=noise, backend=self.backend)
+            self._graphs.count(eager_calls=int(self.graph is not False))
         run._version = state.registers._version
         run.row += 1
         run.nfe += row.nfe
         return run.sample
+
+    @torch.no_grad()
+    def _step_all(self, run: Run) -> None:
+        """The whole of a run in one replay."""
+        if run.lease is None:
+            raise ThgError("the run has no graph.")
+        for i in range(run.plan.num_rows):
+            self._draw_into(run, i)
+        run.lease.replay("trajectory")
+        for row in run.plan.rows:
+            run.state.advance(range(run.state.batch))
+            run.nfe += row.nfe
+        run.row = run.plan.num_rows
+
+    def _draw_into(self, run: Run, row: int) -> None:
+        """Noise of a row, where its graph reads it."""
+        if run.lease is not None and run.plan.rows[row].noise_weight != 0.0:
+            run.lease.buffers.set_noise(run.noise(), row)
 
     def _evaluate_row(self, run: Run, both: bool) -> tuple[Tensor, BranchRows]:
         """The denoiser's rows for the next step, and which is which."""
@@ -236,9 +337,13 @@ class Engine:
         return self._call(x, t, conditioning), outputs
 
     def result(self, run: Run) -> Tensor:
-        """The final sample in the register dtype; `ThgError` if rows are left."""
+        """The final sample in the register dtype; `ThgError` if rows are left.
+
+        Lets go of the run's graphs.
+        """
         if not run.done:
             raise ThgError(f"the run is at row {run.row} of {run.plan.num_rows}: step it further.")
+        run.release()
         return run.sample
 
     @torch.no_grad()
@@ -246,7 +351,7 @@ class Engine:
         self, x: Tensor, timestep: float, cond: Conditioning, uncond: Conditioning
     ) -> tuple[Tensor, Tensor]:
         """(conditional, unconditional) outputs at ``x`` from one call with a doubled batch."""
-        both = pytree.tree_map(_concatenate, uncond, cond)
+        both = pytree.tree_map(concatenate, uncond, cond)
         t = torch.full((2 * x.shape[0],), timestep, dtype=torch.float32, device=x.device)
         output_uncond, output_cond = self._call(torch.cat([x, x]), t, both).chunk(2)
         return output_cond, output_uncond
@@ -261,55 +366,3 @@ class Engine:
             remedy = f"the denoiser must return the shape of its input, {tuple(x.shape)}."
             raise InvalidArgument("denoiser", tuple(output.shape), remedy)
         return output
-
-
-def _concatenate(uncond: Any, cond: Any) -> Any:
-    """[uncond, cond] along the batch; entries that are no tensors are shared."""
-    return torch.cat([uncond, cond]) if isinstance(cond, Tensor) else cond
-
-
-def check_inputs(x_T: Tensor, cond: Conditioning, uncond: Conditioning, both: bool = True) -> None:
-    """Refuse noise or conditioning that do not fit each other; ``uncond`` counts where ``both``."""
-    _check_sample(x_T)
-    _check_conditioning("cond", cond, x_T.shape[0])
-    if not both:
-        return
-    _check_conditioning("uncond", uncond, x_T.shape[0])
-    leaves, structure = pytree.tree_flatten(cond)
-    others, found = pytree.tree_flatten(uncond)
-    if structure != found:
-        raise InvalidArgument("uncond", found, "give the same nesting of tensors as in cond.")
-    for leaf, other in zip(leaves, others, strict=True):
-        shapes = [tuple(v.shape) if isinstance(v, Tensor) else None for v in (leaf, other)]
-        if shapes[0] != shapes[1]:
-            remedy = f"cond has shape {shapes[0]} in this place (None: no tensor); give the same."
-            raise InvalidArgument("uncond", shapes[1], remedy)
-
-
-def _check_generator(generator: torch.Generator | None, device: torch.device) -> None:
-    if generator is None:
-        return
-    if not isinstance(generator, torch.Generator):
-        raise InvalidArgument("generator", generator, "give one torch.Generator.")
-    if generator.device.type != device.type:
-        remedy = f"noise is drawn where x_T is: give a generator on {device}."
-        raise InvalidArgument("generator", generator.device, remedy)
-
-
-def _check_sample(x_T: Tensor) -> None:
-    if not isinstance(x_T, Tensor) or not x_T.is_floating_point():
-        kind = x_T.dtype if isinstance(x_T, Tensor) else type(x_T)
-        raise InvalidArgument("x_T", kind, "give a floating-point tensor of shape (B, ...).")
-    if x_T.ndim < 2:
-        raise InvalidArgument("x_T", tuple(x_T.shape), "give a batch dimension first: (B, ...).")
-
-
-def _check_conditioning(argument: str, conditioning: Conditioning, batch: int) -> None:
-    tensors = [leaf for leaf in pytree.tree_leaves(conditioning) if isinstance(leaf, Tensor)]
-    if not tensors:
-        remedy = "give at least one tensor, batch first; this plan evaluates that branch."
-        raise InvalidArgument(argument, conditioning, remedy)
-    for tensor in tensors:
-        if tensor.ndim == 0 or tensor.shape[0] != batch:
-            remedy = f"dim 0 of every tensor must be the batch of x_T, {batch}."
-            raise InvalidArgument(argument, tuple(tensor.shape), remedy)

@@ -10,7 +10,22 @@ import torch
 from kernel_cases import CPU, make_state, random_row, random_table, table_of
 from step_rows import array, bits
 
-from thg_kernels.step_update import BranchRows, Column, StepState, Uses, blank_rows, stack
+from mixture import vp_points
+from thg_engine.guidance import THG
+from thg_engine.lowering import plan_from_solver
+from thg_engine.packing import step_table
+from thg_engine.solvers import SOLVERS
+from thg_kernels.step_update import (
+    BranchRows,
+    Column,
+    InvalidInput,
+    StepState,
+    Uses,
+    blank_rows,
+    launch,
+    stack,
+    step_update,
+)
 from thg_kernels.step_update.table import HEAD, WEIGHTS
 
 REFERENCE = CPU[0]
@@ -246,3 +261,68 @@ def test_random_rows_use_what_they_may() -> None:
     assert (lines[:, Column.SLOT_SAMPLE : Column.SLOT_STATE + 1] >= 0).any(0).all()
     assert (lines[:, HEAD:] != 0).any(0).all() and (lines[:, HEAD:] == 0).any(0).all()
     assert table_of(rows).uses == Uses(63)
+
+
+@pytest.mark.parametrize(("rows", "slots"), [(4, 3), (9, 3), (4, 7), (130, 10)])
+def test_a_table_with_room_runs_as_the_table_itself(rows: int, slots: int) -> None:
+    table = random_table(3, num_rows=3, num_slots=3)
+    wide = table.resized(rows, slots)
+    assert (wide.num_rows, wide.num_slots, wide.uses) == (rows, slots, table.uses)
+    for name in WEIGHTS:
+        assert wide.weights(name)[:4, :3].equal(table.weights(name))
+        assert not wide.weights(name)[4:].any() and not wide.weights(name)[:, 3:].any()
+    assert not wide.rows[3:, Column.ACTIVE].any()
+    both = BranchRows.both(3)
+    for row in range(3):
+        states = [
+            make_state(t, (5, 7), row, REFERENCE, batch=3, inputs=both) for t in (table, wide)
+        ]
+        states[1].registers[:3].copy_(states[0].registers)
+        output = torch.randn(6, 5, 7)
+        for state in states:
+            step_update(state, output, both, noise=torch.ones(3, 5, 7), backend="reference")
+        assert bits(states[1].registers[:3]).tolist() == bits(states[0].registers).tolist()
+    with pytest.raises(InvalidInput, match=r"num_slots=2: the table has 3"):
+        table.resized(4, 2)
+    with pytest.raises(InvalidInput, match=r"num_rows=3: the table has 4"):
+        table.resized(3, 3)
+
+
+def test_a_state_that_restarts_is_a_new_one_on_old_addresses() -> None:
+    plans = [
+        plan_from_solver(SOLVERS[name], vp_points(steps), THG(grid=2), 4.0)
+        for name, steps in (("dpmpp2m", 6), ("lms2", 9))
+    ]
+    first, second = (step_table(plan).resized(12, 8) for plan in plans)
+    both, x = BranchRows.both(2), torch.randn(2, 3, 5)
+    state = StepState(first, torch.randn(2, 3, 5), inputs=both)
+    state.uses = Uses(sum(Uses))
+    kept = (state.registers, state.device_table, state.cursor, state.model_input, state.timestep)
+    places = [value.data_ptr() for value in kept if value is not None]
+    output = torch.randn(4, 3, 5)
+    for _ in range(3):
+        step_update(state, output, both, backend="reference")
+    state.restart(second, x)
+    fresh = StepState(second, x, inputs=both)
+    for _ in range(9):
+        for each in (state, fresh):
+            step_update(each, output, both, backend="reference")
+        assert bits(state.registers).tolist() == bits(fresh.registers).tolist()
+        assert state.samples().isfinite().all()
+        assert state.cursor.equal(fresh.cursor) and state.positions == fresh.positions
+        assert state.model_input is not None and fresh.model_input is not None
+        assert state.model_input.equal(fresh.model_input)
+    assert places == [value.data_ptr() for value in kept if value is not None]
+
+
+def test_a_launch_leaves_the_host_where_it_was() -> None:
+    """Only the device moves on: a capture records it, and the host follows each replay."""
+    table, both = random_table(1, num_rows=2, num_slots=4), BranchRows.both(2)
+    states = [StepState(table, torch.ones(2, 3, 5), inputs=both) for _ in range(2)]
+    output, noise = torch.randn(4, 3, 5), torch.zeros(2, 3, 5)
+    launch(states[0], output, both, noise=noise, backend="reference")
+    step_update(states[1], output, both, noise=noise, backend="reference")
+    assert bits(states[0].registers).tolist() == bits(states[1].registers).tolist()
+    assert states[0].positions == [0, 0] and states[0].cursor[0].tolist() == [1, 1]
+    states[0].advance([0, 1])
+    assert states[0].positions == states[1].positions == [1, 1]

@@ -31,6 +31,7 @@ __all__ = [
     "Uses",
     "blank_rows",
     "choose_backend",
+    "launch",
     "resolve_backend",
     "stack",
     "step_update",
@@ -79,6 +80,30 @@ def step_update(
         if dense.data_ptr() != target.data_ptr():
             target.copy_(dense)
     state.advance(active)
+
+
+def launch(
+    state: StepState,
+    model_output: Tensor,
+    outputs: BranchRows,
+    *,
+    noise: Tensor | None = None,
+    sample: Tensor | None = None,
+    backend: str | None = None,
+) -> None:
+    """What a capture records of `step_update`: the launch alone, from where the cursors are.
+
+    Arguments as there, unchecked. A replay runs the next row of every sample on the device; the
+    host follows with ``state.advance``.
+
+    Args:
+        noise: contiguous in the memory order of the state.
+        sample: likewise.
+    """
+    wide = torch.float64 in (state.registers.dtype, state.model_dtype, model_output.dtype)
+    run = _backend(backend, state.device, wide)
+    ordered = None if sample is None else state.ordered(sample)
+    _launch(run, state, model_output, outputs, noise, ordered)
 
 
 def _launch(

@@ -142,6 +142,22 @@ class StepState:
         self.table, self.uses = table, self.uses | table.uses
         self.device_table.copy_(table.rows)
 
+    def restart(self, table: StepTable, x: Tensor, rows: int | Sequence[int] = 0) -> None:
+        """Another run on the same addresses, so that what was captured on them serves it.
+
+        Args:
+            table: of the same shape; `StepTable.resized` gives it room.
+            x: initial samples, shape ``(B, *latent)``.
+            rows: the first row of each sample.
+        """
+        positions = _check_rows(rows, self.batch, table)
+        self.replace_table(table)
+        with torch.inference_mode(False), torch.no_grad():
+            self.registers.fill_(torch.nan)
+            self.cursor[1].zero_()
+            self.seek(positions)
+            self.set_samples(x)
+
     def active(self, outputs: BranchRows) -> list[int]:
         """Samples that a step with these outputs moves on.
 

@@ -147,6 +147,26 @@ class StepTable:
         """A 0/1 column of one row."""
         return self.lines[row][column] != 0.0
 
+    def resized(self, num_rows: int, num_slots: int) -> StepTable:
+        """The same rows with terminal ones behind them and slots that nothing uses.
+
+        Raises:
+            InvalidInput: there are more rows or slots than that.
+        """
+        for name, found, wanted in (
+            ("num_rows", self.num_rows, num_rows),
+            ("num_slots", self.num_slots, num_slots),
+        ):
+            if wanted < found:
+                raise InvalidInput(name, wanted, f"the table has {found}.")
+        rows = blank_rows(num_rows, num_slots)
+        rows[: self.num_rows, :HEAD] = self.rows[:, :HEAD]
+        for k, name in enumerate(WEIGHTS):
+            begin = HEAD + k * num_slots
+            rows[: self.num_rows, begin : begin + self.num_slots] = self.weights(name)
+        last = self.sample_slots[-1:] * (num_rows - self.num_rows)
+        return StepTable(rows, self.sample_slots + last)
+
     def bytes_per_element(self, row: int, itemsize: int, outputs: int | None = None) -> int:
         """Bytes that ``row`` has to move per latent element of one sample.
 
@@ -193,13 +213,8 @@ def stack(tables: Sequence[StepTable]) -> tuple[StepTable, tuple[int, ...]]:
     offsets: list[int] = []
     slots: list[int] = []
     for table in tables:
-        wide = blank_rows(table.num_rows, num_slots)
-        wide[:, :HEAD] = table.rows[:, :HEAD]
-        for k, name in enumerate(WEIGHTS):
-            begin = HEAD + k * num_slots
-            wide[:, begin : begin + table.num_slots] = table.weights(name)
         offsets.append(sum(map(len, parts)))
-        parts.append(wide)
+        parts.append(table.resized(table.num_rows, num_slots).rows)
         slots += table.sample_slots
     return StepTable(torch.cat(parts), tuple(slots)), tuple(offsets)
 

@@ -1,0 +1,183 @@
+"""CUDA graphs of one sampling step, captured once per signature and replayed for every step.
+
+A graph replays the kernels it has recorded, on the addresses it has recorded. So whatever differs
+from step to step is a value in a static buffer: rows, cursor and timestep are on the device anyway,
+and the same two graphs serve every schedule, scale and solver of a shape.
+
+What is kept here:
+- The graphs of one signature share a stream and a pool of their own and are dropped together, since
+  cuBLAS keeps one workspace per stream, which the first graph to go would take along.
+- The thread's stream is restored however a capture ends.
+- Nothing is captured that does not fit: the memory that a step needs is measured first.
+
+Names as in `torch.cuda`, which the `cuda` arguments stand for; tests pass another.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from statistics import median
+from typing import Any
+
+import torch
+
+from .errors import ThgError
+
+Step = Callable[[], None]
+"""One step on static buffers: reads and writes nothing else, asks the device nothing."""
+
+WARM_UPS = 2  # kernels load, autotuners choose and lazy buffers appear on the first call
+TRIALS = 5  # calls per measurement of eager against graphed
+HEADROOM = 1.2  # of the memory that a capture must find free
+
+_capture_lock = threading.RLock()
+
+
+class NotCaptured(ThgError):
+    """Why a set of graphs could not be made; the message is the reason."""
+
+
+class GraphSet:
+    """The graphs of one signature on a stream and a pool of their own.
+
+    Args:
+        device: where they run.
+        cuda: `torch.cuda`, or what stands for it.
+
+    Attributes:
+        pool_bytes: memory of the device that they hold.
+        ms: per graph the time of a step, (eager, graphed); empty where it was not measured.
+    """
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self.device, self.cuda = device, cuda
+        self.stream = cuda.Stream(device)
+        self.pool = cuda.graph_pool_handle()
+        self.pool_bytes = 0
+        self.ms: dict[str, tuple[float, float]] = {}
+        self._graphs: dict[str, Any] = {}
+
+    def capture(self, steps: Mapping[str, Step]) -> None:
+        """Capture every step under its name, the largest given first, so that the rest fit in.
+
+        Raises:
+            NotCaptured: the reason; the set is closed.
+        """
+        try:
+            with self.cuda.device(self.device), _capturing():
+                self._warm_up(steps)
+                before = self.cuda.memory_reserved(self.device)
+                try:
+                    for name, step in steps.items():
+                        self._graphs[name] = self._captured(step)
+                finally:
+                    self.pool_bytes = self.cuda.memory_reserved(self.device) - before
+        except BaseException as error:
+            self.close()
+            if not isinstance(error, Exception):
+                raise
+            if isinstance(error, NotCaptured):
+                raise
+            raise NotCaptured(failure(error)) from None
+
+    def replay(self, name: str) -> None:
+        """Run a captured step on the current stream."""
+        self._graphs[name].replay()
+
+    def measure(self, steps: Mapping[str, Step]) -> None:
+        """Time every step both ways, in turns."""
+        for name, step in steps.items():
+            times: tuple[list[float], list[float]] = ([], [])
+            for _ in range(TRIALS):
+                times[0].append(self._timed(step))
+                times[1].append(self._timed(self._graphs[name].replay))
+            self.ms[name] = median(times[0]), median(times[1])
+
+    def close(self) -> None:
+        """Drop graphs, stream and pool; waits for what is still running."""
+        self.cuda.synchronize(self.device)
+        for graph in self._graphs.values():
+            graph.reset()
+        self._graphs.clear()
+        self.stream = self.pool = None
+
+    def _warm_up(self, steps: Mapping[str, Step]) -> None:
+        """Run each step where it will be captured; refuse where its memory is not to be had."""
+        before = self.cuda.memory_reserved(self.device)
+        self.stream.wait_stream(self.cuda.current_stream(self.device))
+        with self.cuda.stream(self.stream):
+            for step in steps.values():
+                for _ in range(WARM_UPS):
+                    step()
+        self.stream.synchronize()
+        # Blocks belong to the stream that first used them: this growth is what a step needs.
+        needed = self.cuda.memory_reserved(self.device) - before
+        gc.collect()
+        self.cuda.synchronize(self.device)
+        self.cuda.empty_cache()
+        free = self.cuda.mem_get_info(self.device)[0]
+        if free < HEADROOM * needed:
+            raise NotCaptured(
+                f"a capture needs about {_size(needed)} of device memory, {_size(free)} are free"
+            )
+
+    def _captured(self, step: Step) -> Any:
+        """A graph of ``step``; the thread is on its old stream afterwards, whatever happens."""
+        graph = self.cuda.CUDAGraph()
+        before = self.cuda.current_stream(self.device)
+        try:
+            self.cuda.set_stream(self.stream)
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            try:
+                step()
+            except BaseException:
+                with suppress(Exception):  # ends a capture that is broken, and says so again
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        finally:
+            self.cuda.set_stream(before)
+        return graph
+
+    def _timed(self, step: Step) -> float:
+        """Milliseconds of one call, from launch to completion."""
+        self.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        step()
+        self.cuda.synchronize(self.device)
+        return 1e3 * (time.perf_counter() - start)
+
+
+@contextmanager
+def _capturing() -> Iterator[None]:
+    """One capture at a time in the process, Inductor's included; no cached casts of weights."""
+    with _capture_lock, _inductor_lock():
+        cached = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(cached)
+
+
+def _inductor_lock() -> AbstractContextManager[Any]:
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    lock: AbstractContextManager[Any] = getattr(trees, "graph_capture_lock", None) or nullcontext()
+    return lock
+
+
+def failure(error: Exception) -> str:
+    """The reason in one line; lets go of the tensors in the frames of the failed call."""
+    traceback.clear_frames(error.__traceback__)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"the capture failed with {type(error).__name__}: {first}"
+
+
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
