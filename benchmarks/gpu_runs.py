@@ -9,7 +9,6 @@ the ideal speed-up c2 / (h c2 + 1 - h), and the denoiser's share where a replaye
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -37,14 +36,8 @@ PIPELINE_THG, FASTER_CACHE = "compile(pipe) THG", "diffusers + FasterCache"
 
 
 def make_engine(denoiser: Backbone, graph: bool | str | None = None) -> Engine:
-    """An engine; ``graph`` as far as it knows graphs."""
-    options = {"graph": graph} if "graph" in inspect.signature(Engine).parameters else {}
-    return Engine(denoiser, **options)
-
-
-def graph_stats(engine: Any) -> dict[str, Any]:
-    """`Engine.stats`, {} of one that has none."""
-    return engine.stats() if hasattr(engine, "stats") else {}
+    """An engine whose graphs hold as long as the model's weights stay where they are."""
+    return Engine(denoiser, graph=graph, watch=denoiser.model)
 
 
 def make_plan(backbone: Backbone, guidance: Any, steps: int) -> SamplingPlan:
@@ -66,8 +59,7 @@ class Loop:
 
     def warm_up(self, plan: SamplingPlan) -> None:
         """Capture what ``plan`` needs."""
-        if hasattr(self.engine, "warm_up"):
-            self.engine.warm_up(self.noise(plan), self.cond, self.uncond, plan)
+        self.engine.warm_up(self.noise(plan), self.cond, self.uncond, plan)
 
     def __call__(self, plan: SamplingPlan) -> Tensor:
         return self.engine.sample(self.noise(plan), self.cond, self.uncond, plan)
@@ -78,7 +70,8 @@ class Way:
     """One way to make an image.
 
     Attributes:
-        rows: model calls of the run; ``both`` of them evaluate both branches in this plan.
+        rows: model calls of the run.
+        both: those of them that evaluate both branches; None where nobody counts.
         run: ``run(short)`` makes the image, or one of few steps that warms up.
         stats: graphs so far, {} where there are none.
     """
@@ -86,7 +79,7 @@ class Way:
     name: str
     run: Callable[[bool], Tensor]
     rows: int
-    both: int
+    both: int | None
     compiled: bool = False
     watch: Watch | None = None
     stats: Callable[[], dict[str, Any]] = dict
@@ -95,9 +88,9 @@ class Way:
     output: Tensor | None = None
 
     @property
-    def nfe(self) -> int:
+    def nfe(self) -> int | None:
         """Evaluations per image."""
-        return self.rows + self.both
+        return None if self.both is None else self.rows + self.both
 
 
 def stock(backbone: Backbone, watch: Watch, compiled: bool) -> Way:
@@ -121,8 +114,7 @@ def on_engine(backbone: Backbone, watch: Watch, name: str, guidance: Any, compil
         return loop(short_plan if short else plan)
 
     both = sum(row.evaluates_both for row in plan.rows)
-    stats = partial(graph_stats, loop.engine)
-    return Way(name, run, plan.num_rows, both, compiled, watch, stats)
+    return Way(name, run, plan.num_rows, both, compiled, watch, loop.engine.stats)
 
 
 def on_pipeline(backbone: Backbone) -> Way:
@@ -141,7 +133,7 @@ def on_pipeline(backbone: Backbone) -> Way:
     return Way(PIPELINE_THG, run, plan.num_rows, both, False, watch, graphs)
 
 
-def faster_cache(backbone: Backbone) -> Way:
+def faster_cache(backbone: Backbone, watch: Watch) -> Way:
     """diffusers' FasterCache on the stock pipeline, as its paper sets it."""
     from diffusers import FasterCacheConfig, apply_faster_cache
     from diffusers.hooks import HookRegistry
@@ -151,8 +143,8 @@ def faster_cache(backbone: Backbone) -> Way:
     keys = ("hidden_states", "encoder_hidden_states", "timestep", "pooled_projections")
 
     def run(short: bool) -> Tensor:
-        scheduler = backbone.spec.scheduler()
-        scheduler.set_timesteps(steps)
+        scheduler, count = backbone.spec.scheduler(), min(steps, 4) if short else steps
+        scheduler.set_timesteps(count)
         timesteps, now = scheduler.timesteps.tolist(), [0]
 
         def advance(_pipe: Any, step: int, _t: Any, given: dict[str, Any]) -> dict[str, Any]:
@@ -167,13 +159,13 @@ def faster_cache(backbone: Backbone) -> Way:
         )
         apply_faster_cache(backbone.model, config)
         try:
-            return backbone.run_pipeline(pipe, steps, callback_on_step_end=advance)
+            return backbone.run_pipeline(pipe, count, callback_on_step_end=advance)
         finally:
             registry = HookRegistry.check_if_exists_or_initialize(backbone.model)
             for name in (names._FASTER_CACHE_DENOISER_HOOK, names._FASTER_CACHE_BLOCK_HOOK):
                 registry.remove_hook(name, recurse=True)
 
-    return Way(FASTER_CACHE, run, steps, steps, reason=backbone.spec.faster_cache)
+    return Way(FASTER_CACHE, run, steps, None, watch=watch, reason=backbone.spec.faster_cache)
 
 
 def ways(backbone: Backbone) -> list[Way]:
@@ -186,7 +178,7 @@ def ways(backbone: Backbone) -> list[Way]:
         on_engine(backbone, watch, ENGINE, CFG(), False),
         on_engine(backbone, watch, ENGINE_THG, thg, False),
         on_engine(backbone, watch, ENGINE_COMPILED, thg, True),
-        faster_cache(backbone),
+        faster_cache(backbone, watch),
     ]
     if backbone.spec.name == "sd15":
         found.append(on_pipeline(backbone))
@@ -247,8 +239,9 @@ def _row(way: Way, samples: Samples | None, ms: dict[int, float]) -> dict[str, A
     if samples is None or not samples.rounds:
         return {**row, **dict.fromkeys(FIGURES)}
     denoiser = samples.median("denoiser_s")
-    # A graph hides its calls; a few seen ones are not the run's. Bursts stand in for them.
-    if (samples.calls == 0 or "graphed" in way.mode) and {1, 2} <= set(ms):
+    if "graphed" in way.mode:  # a graph hides its calls: bursts of the same mode stand in for them
+        denoiser = None
+    if "graphed" in way.mode and way.both is not None and {1, 2} <= set(ms):
         denoiser = 1e-3 * (way.both * ms[2] + (way.rows - way.both) * ms[1])
     host = samples.median("host_s")
     return {

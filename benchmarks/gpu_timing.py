@@ -8,7 +8,7 @@ medians and interquartile ranges are over rounds. Per run:
 - ``host_s``: from the call to its return, ahead of the wait for the device. An upper bound on what
   the host has to do, where the launch queue fills up or the loop reads a device value.
 - ``denoiser_s``: the calls of the denoiser that Python makes, between events around each of them
-  (on a CPU by the clock). A replayed graph makes none: `calls` says how many were seen.
+  (on a CPU by the clock). A replayed graph makes none.
 - ``joules``: NVML's counter of the whole board, idle power included.
 - ``peak_bytes``: most memory allocated at once in the process, weights and graphs included.
 """
