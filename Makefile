@@ -1,5 +1,6 @@
 # Everything runs in .venv, which is made on first use and again when what it depends on changes.
-#   make demo | test | lint | build | bench | clean
+#   make demo | test | lint | build | bench | gpu | clean
+#   make gpu SMOKE=1                      the GPU suite with tiny models, on the CPU
 #   make PYTHON=python3.12 ...            another interpreter (3.10 or newer)
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...
 #                                         PyTorch's CPU builds, without several GB of CUDA packages
@@ -12,13 +13,15 @@ BENCH_OUT ?= bench-out
 WORKERS ?= 2
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+SMOKE ?=
+GPU_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt \
   $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: venv demo test lint build bench clean
+.PHONY: venv demo test lint build bench gpu clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -58,6 +61,11 @@ bench: $(STAMP)
 	$(BIN)/python -m pytest benchmarks/bench_plan.py --benchmark-only
 	$(BIN)/python benchmarks/bench_step_update.py --json $(BENCH_OUT)/step_update.json \
 	  --markdown $(BENCH_OUT)/step_update.md $(BENCH_ARGS)
+
+# Resumable: a part that is stored is skipped; GPU_ARGS=--again starts anew. One thread as for test;
+# on a GPU the host only launches.
+gpu: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu_suite.py $(if $(SMOKE),--smoke) $(GPU_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info $(OUT) $(BENCH_OUT) .pytest_cache .mypy_cache .ruff_cache .benchmarks

@@ -40,7 +40,7 @@ class Calls:
     """The denoiser, ready to be called at given batches in given modes."""
 
     def __init__(self, backbone: Backbone, sample: float = SAMPLE) -> None:
-        self.backbone, self.sample = backbone, sample
+        self.backbone, self.sample = backbone, 0.0 if backbone.smoke else sample
         self.subjects: dict[Point, Subject] = {}
         self.times: dict[Point, int] = {}
         self.reasons: dict[Point, str] = {}

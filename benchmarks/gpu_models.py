@@ -307,7 +307,7 @@ class Backbone:
             # Widths, batches and their mixtures share one block's code: more variants than 8.
             torch._dynamo.config.recompile_limit = 64
             for block in self._blocks():
-                block.compile(backend="aot_eager" if self.smoke else "inductor")
+                block.compile(backend="eager" if self.smoke else "inductor")
                 self._compiled[block] = block._compiled_call_impl
         for block, compiled in self._compiled.items():
             block._compiled_call_impl = compiled if on else None

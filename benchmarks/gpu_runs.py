@@ -28,6 +28,8 @@ from thg_engine.trace import trace
 
 NFE = 0.7
 """Share of full guidance that THG spends."""
+SHORT = 4
+"""Steps of a run that warms up."""
 AGREE = 0.1
 """Largest distance from diffusers' output, relative, with which a speed-up is stated."""
 STOCK, STOCK_COMPILED = "diffusers CFG", "diffusers + torch.compile CFG"
@@ -35,9 +37,12 @@ ENGINE, ENGINE_THG, ENGINE_COMPILED = "engine CFG", "engine THG", "engine THG + 
 PIPELINE_THG, FASTER_CACHE = "compile(pipe) THG", "diffusers + FasterCache"
 
 
-def make_engine(denoiser: Backbone, graph: bool | str | None = None) -> Engine:
+def make_engine(
+    backbone: Backbone, graph: bool | str | None = None, watch: Watch | None = None
+) -> Engine:
     """An engine whose graphs hold as long as the model's weights stay where they are."""
-    return Engine(denoiser, graph=graph, watch=denoiser.model)
+    denoiser = backbone if watch is None else watch.around(backbone)
+    return Engine(denoiser, graph=graph, watch=backbone.model)
 
 
 def make_plan(backbone: Backbone, guidance: Any, steps: int) -> SamplingPlan:
@@ -93,20 +98,22 @@ class Way:
         return None if self.both is None else self.rows + self.both
 
 
-def stock(backbone: Backbone, watch: Watch, compiled: bool) -> Way:
+def stock(backbone: Backbone, compiled: bool) -> Way:
     """The genuine pipeline."""
     pipe, steps = backbone.pipeline(), backbone.steps
     name = STOCK_COMPILED if compiled else STOCK
-    run = lambda short: backbone.run_pipeline(pipe, min(steps, 4) if short else steps)  # noqa: E731
-    return Way(name, run, steps, steps, compiled, watch)
+
+    def run(short: bool) -> Tensor:
+        return backbone.run_pipeline(pipe, min(steps, SHORT) if short else steps)
+
+    return Way(name, run, steps, steps, compiled, Watch(backbone.device, backbone.model))
 
 
-def on_engine(backbone: Backbone, watch: Watch, name: str, guidance: Any, compiled: bool) -> Way:
+def on_engine(name: str, loop: Loop, watch: Watch, guidance: Any, compiled: bool = False) -> Way:
     """`Engine` on the model, graphs where they measure faster."""
-    loop = Loop(backbone, make_engine(backbone))
-    plan = make_plan(backbone, guidance, backbone.steps)
+    plan = make_plan(loop.backbone, guidance, loop.backbone.steps)
     short_guidance = guidance if isinstance(guidance, CFG) else THG(grid=2)
-    short_plan = make_plan(backbone, short_guidance, 4)
+    short_plan = make_plan(loop.backbone, short_guidance, SHORT)
 
     def run(short: bool) -> Tensor:
         if short:
@@ -120,20 +127,21 @@ def on_engine(backbone: Backbone, watch: Watch, name: str, guidance: Any, compil
 def on_pipeline(backbone: Backbone) -> Way:
     """`thg_engine.compile` on a pipeline with a model of its own: it hooks into the model."""
     other = replace(backbone, model=copy.deepcopy(backbone.model), _compiled={})
-    watch = Watch(backbone.device).attach(other.model)
     pipe = thg_engine.compile(other.pipeline(), THG(nfe=NFE))
     plan = make_plan(backbone, THG(nfe=NFE), backbone.steps)
     both = sum(row.evaluates_both for row in plan.rows)
     stats = getattr(pipe.thg, "stats", dict)
 
     def run(short: bool) -> Tensor:
-        return other.run_pipeline(pipe, 4 if short else backbone.steps)
+        return other.run_pipeline(pipe, SHORT if short else backbone.steps)
 
-    graphs = lambda: stats().get("graphs", {})  # noqa: E731
-    return Way(PIPELINE_THG, run, plan.num_rows, both, False, watch, graphs)
+    def graphs() -> dict[str, Any]:
+        return dict(stats().get("graphs") or {})
+
+    return Way(PIPELINE_THG, run, plan.num_rows, both, stats=graphs)
 
 
-def faster_cache(backbone: Backbone, watch: Watch) -> Way:
+def faster_cache(backbone: Backbone) -> Way:
     """diffusers' FasterCache on the stock pipeline, as its paper sets it."""
     from diffusers import FasterCacheConfig, apply_faster_cache
     from diffusers.hooks import HookRegistry
@@ -143,7 +151,7 @@ def faster_cache(backbone: Backbone, watch: Watch) -> Way:
     keys = ("hidden_states", "encoder_hidden_states", "timestep", "pooled_projections")
 
     def run(short: bool) -> Tensor:
-        scheduler, count = backbone.spec.scheduler(), min(steps, 4) if short else steps
+        scheduler, count = backbone.spec.scheduler(), min(steps, SHORT) if short else steps
         scheduler.set_timesteps(count)
         timesteps, now = scheduler.timesteps.tolist(), [0]
 
@@ -165,20 +173,22 @@ def faster_cache(backbone: Backbone, watch: Watch) -> Way:
             for name in (names._FASTER_CACHE_DENOISER_HOOK, names._FASTER_CACHE_BLOCK_HOOK):
                 registry.remove_hook(name, recurse=True)
 
+    watch = Watch(backbone.device, backbone.model)
     return Way(FASTER_CACHE, run, steps, None, watch=watch, reason=backbone.spec.faster_cache)
 
 
 def ways(backbone: Backbone) -> list[Way]:
     """Every way, in the order of the report; those that do not apply carry the reason."""
-    watch = Watch(backbone.device).attach(backbone.model)
-    thg = THG(nfe=NFE)
+    watch, thg = Watch(backbone.device), THG(nfe=NFE)
+    # One engine serves both plans with the same two graphs; compiled blocks are other kernels.
+    plain, compiled = (Loop(backbone, make_engine(backbone, watch=watch)) for _ in range(2))
     found = [
-        stock(backbone, watch, False),
-        stock(backbone, watch, True),
-        on_engine(backbone, watch, ENGINE, CFG(), False),
-        on_engine(backbone, watch, ENGINE_THG, thg, False),
-        on_engine(backbone, watch, ENGINE_COMPILED, thg, True),
-        faster_cache(backbone, watch),
+        stock(backbone, False),
+        stock(backbone, True),
+        on_engine(ENGINE, plain, watch, CFG()),
+        on_engine(ENGINE_THG, plain, watch, thg),
+        on_engine(ENGINE_COMPILED, compiled, watch, thg, compiled=True),
+        faster_cache(backbone),
     ]
     if backbone.spec.name == "sd15":
         found.append(on_pipeline(backbone))
@@ -189,8 +199,8 @@ def warm_up(backbone: Backbone, way: Way) -> None:
     """Compile, capture, load; sets the mode that the way has settled on, or why it cannot run."""
     try:
         backbone.set_compiled(way.compiled)
-        before = way.stats().get("replays", 0)
         way.run(True)
+        before = way.stats().get("replays", 0)
         if not torch.isfinite(way.run(True)).all():
             way.reason = "the output is not finite"
         graphed = way.stats().get("replays", 0) > before

@@ -48,6 +48,12 @@ class Store:
         found["parts"][part] = result
         self._write(found)
 
+    def forget(self, part: str) -> None:
+        """Drop the result of ``part``, if there is one."""
+        found = self.read()
+        found["parts"].pop(part, None)
+        self._write(found)
+
     def get(self, part: str) -> dict[str, Any] | None:
         """The result of ``part``, None if there is none."""
         result: dict[str, Any] | None = self.read()["parts"].get(part)

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -59,11 +60,16 @@ class EnergyMeter:
 
 
 class Watch:
-    """Times the calls of a module."""
+    """Times the calls of a denoiser: those `around` a callable, or, entered, those of a module.
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    Hooks are on the module only while a run is timed that needs them: an engine captures no graph
+    of a module with hooks.
+    """
+
+    def __init__(self, device: str, module: torch.nn.Module | None = None) -> None:
+        self.device, self.module = device, module
         self.marks: list[Any] = []
+        self._handles: list[Any] = []
 
     def mark(self, *_: Any) -> None:
         """Before and after a call; nothing while a graph is captured, which could not hold it."""
@@ -74,11 +80,27 @@ class Watch:
             event.record()
             self.marks.append(event)
 
-    def attach(self, module: torch.nn.Module) -> Watch:
-        """Watch every forward of ``module`` from now on."""
-        module.register_forward_pre_hook(self.mark)
-        module.register_forward_hook(self.mark)
+    def __enter__(self) -> Watch:
+        self.marks.clear()  # of calls that were not this run's
+        if self.module is not None:
+            before = self.module.register_forward_pre_hook(self.mark)
+            self._handles = [before, self.module.register_forward_hook(self.mark)]
         return self
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    def around(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        """``call``, watched."""
+
+        def watched(*given: Any) -> Any:
+            self.mark()
+            result = call(*given)
+            self.mark()
+            return result
+
+        return watched
 
     def take(self) -> tuple[float, int]:
         """Seconds and number of the calls since the last time; after a synchronize."""
@@ -154,21 +176,20 @@ def run_once(subject: Subject, device: str, meter: EnergyMeter, samples: Samples
     """One timed run; adds to ``samples`` and returns what the run returned."""
     subject.prepare()
     cuda = device != "cpu"
-    if subject.watch is not None:
-        subject.watch.marks.clear()  # of calls that were not this run's
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     before, begin = meter.joules(), time.perf_counter()
-    if cuda:
-        start.record()
-    result = subject.run()
-    host = time.perf_counter() - begin
-    if cuda:
-        end.record()
-        torch.cuda.synchronize()
-    wall, after = time.perf_counter() - begin, meter.joules()
+    with subject.watch or nullcontext():
+        if cuda:
+            start.record()
+        result = subject.run()
+        host = time.perf_counter() - begin
+        if cuda:
+            end.record()
+            torch.cuda.synchronize()
+        wall, after = time.perf_counter() - begin, meter.joules()
     samples.add(
         wall_s=wall,
         host_s=host,

@@ -33,6 +33,11 @@ def work(backbone: Backbone, part: str, scale: float) -> Callable[[], dict[str, 
     }[part]
 
 
+def label(model: str, part: str) -> str:
+    """The name of a part in the store."""
+    return f"{model}/{part}" if part in PARTS else part
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
@@ -57,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     store = Store(options.store)
     failures = 0
     for part in options.parts:
-        result = store.run(f"{options.model}/{part}", work(backbone, part, options.scale))
+        result = store.run(label(options.model, part), work(backbone, part, options.scale))
         failures += bool(result["failure"])
         gc.collect()
         if options.device != "cpu":
