@@ -46,7 +46,7 @@ class Calls:
         self.reasons: dict[Point, str] = {}
         self.slow = False
         cuda = backbone.device != "cpu"
-        self._pool = torch.cuda.graph_pool_handle() if cuda else None
+        self._place = (torch.cuda.Stream(), torch.cuda.graph_pool_handle()) if cuda else None
 
     def add(self, mode: str, batches: Iterable[int]) -> None:
         """Warm up or capture; what fails has its reason in ``reasons``."""
@@ -63,7 +63,7 @@ class Calls:
 
     def _add(self, mode: str, batch: int, graphed: bool) -> None:
         backbone, point = self.backbone, (mode, batch)
-        if graphed and backbone.device == "cpu":
+        if graphed and self._place is None:
             self.reasons[point] = NO_GRAPHS
             return
         if self.slow and batch > 2 and mode != "eager":
@@ -73,7 +73,7 @@ class Calls:
         prepare()
         call: Callable[[], Any] = partial(backbone, *backbone.call_inputs(batch))
         if graphed:
-            call = capture([call], self._pool)[0].replay
+            call = capture(call, *self._place).replay
         once = seconds_of(call, backbone.device)  # loads, compiles, allocates
         if not self.slow:
             once = seconds_of(call, backbone.device)
@@ -93,7 +93,7 @@ def curve(backbone: Backbone, seconds: float) -> dict[str, Any]:
     calls = Calls(backbone)
     for mode in MODES:
         calls.add(mode, BATCHES)
-    found = run_rounds(calls.subjects, backbone.device, seconds, min_rounds=3)
+    found = run_rounds(calls.subjects, backbone.device, seconds, min_rounds=1 if calls.slow else 3)
     points = []
     for mode in MODES:
         for batch in BATCHES:

@@ -70,7 +70,7 @@ class Spec:
     blocks: str
     steps: int = 50
     timed_steps: int = 50
-    seconds: tuple[float, float] = (10.0, 20.0)
+    seconds: tuple[float, float] = (6.0, 12.0)
     faster_cache: str = NOT_BY_KEYWORD
     attribute: str = "transformer"
 
@@ -177,7 +177,7 @@ SPECS = {
             scheduler=_euler,
             guidance_scale=5.0,
             blocks="BasicTransformerBlock",
-            seconds=(12.0, 45.0),
+            seconds=(8.0, 30.0),
             attribute="unet",
         ),
         Spec(
@@ -191,7 +191,7 @@ SPECS = {
             blocks="JointTransformerBlock",
             steps=28,
             timed_steps=28,
-            seconds=(12.0, 60.0),
+            seconds=(12.0, 45.0),
             faster_cache="",
         ),
         Spec(
@@ -202,8 +202,8 @@ SPECS = {
             scheduler=lambda: diffusers.UniPCMultistepScheduler(**WAN),
             guidance_scale=5.0,
             blocks="WanTransformerBlock",
-            timed_steps=8,
-            seconds=(12.0, 50.0),
+            timed_steps=6,
+            seconds=(12.0, 30.0),
             faster_cache=TWO_CALLS,
         ),
     )
@@ -245,11 +245,13 @@ class Backbone:
     _compiled: dict[torch.nn.Module, Any] = field(default_factory=dict)
 
     @classmethod
-    def make(cls, name: str, device: str, smoke: bool) -> Backbone:
-        """Build ``name``; the tiny one in float32 where ``smoke``."""
+    def make(
+        cls, name: str, device: str, smoke: bool, dtype: torch.dtype | None = None
+    ) -> Backbone:
+        """Build ``name``; the tiny one, in float32 unless told otherwise, where ``smoke``."""
         spec = SPECS[name]
         size = spec.tiny if smoke else spec.full
-        dtype = torch.float32 if smoke else spec.dtype
+        dtype = dtype or (torch.float32 if smoke else spec.dtype)
         model = make_model(spec, size, device, dtype)
         steps = TINY_STEPS if smoke else spec.timed_steps
         return cls(spec, model, size, device, dtype, steps, smoke)

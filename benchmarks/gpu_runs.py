@@ -28,7 +28,7 @@ from thg_engine.trace import trace
 
 NFE = 0.7
 """Share of full guidance that THG spends."""
-SHORT = 4
+SHORT = 2
 """Steps of a run that warms up."""
 AGREE = 0.1
 """Largest distance from diffusers' output, relative, with which a speed-up is stated."""
@@ -78,6 +78,7 @@ class Way:
         rows: model calls of the run.
         both: those of them that evaluate both branches; None where nobody counts.
         run: ``run(short)`` makes the image, or one of few steps that warms up.
+        capture: makes the graphs that the run needs.
         stats: graphs so far, {} where there are none.
     """
 
@@ -88,6 +89,7 @@ class Way:
     compiled: bool = False
     watch: Watch | None = None
     stats: Callable[[], dict[str, Any]] = dict
+    capture: Callable[[], None] = lambda: None
     reason: str = ""
     mode: str = "eager"
     output: Tensor | None = None
@@ -116,12 +118,11 @@ def on_engine(name: str, loop: Loop, watch: Watch, guidance: Any, compiled: bool
     short_plan = make_plan(loop.backbone, short_guidance, SHORT)
 
     def run(short: bool) -> Tensor:
-        if short:
-            loop.warm_up(plan)
         return loop(short_plan if short else plan)
 
     both = sum(row.evaluates_both for row in plan.rows)
-    return Way(name, run, plan.num_rows, both, compiled, watch, loop.engine.stats)
+    stats, capture = loop.engine.stats, partial(loop.warm_up, plan)
+    return Way(name, run, plan.num_rows, both, compiled, watch, stats, capture)
 
 
 def on_pipeline(backbone: Backbone) -> Way:
@@ -199,10 +200,9 @@ def warm_up(backbone: Backbone, way: Way) -> None:
     """Compile, capture, load; sets the mode that the way has settled on, or why it cannot run."""
     try:
         backbone.set_compiled(way.compiled)
-        way.run(True)
+        way.capture()
         before = way.stats().get("replays", 0)
-        if not torch.isfinite(way.run(True)).all():
-            way.reason = "the output is not finite"
+        way.run(True)
         graphed = way.stats().get("replays", 0) > before
         way.mode = "+".join(["compiled"] * way.compiled + ["graphed"] * graphed) or "eager"
     except Exception as error:  # it costs this way alone
@@ -229,6 +229,9 @@ def end_to_end(backbone: Backbone, seconds: float) -> dict[str, Any]:
     ms: dict[str, dict[int, float]] = {}
     for point in calls.subjects:
         ms.setdefault(point[0], {})[point[1]] = calls.milliseconds(point, samples[point])
+    for way in running:
+        if way.output is not None and not torch.isfinite(way.output).all():
+            way.reason = "the output is not finite"
     rows = [_row(way, samples.get(way.name), ms.get(way.mode, {})) for way in found]
     _add_differences(rows, found)
     return {
@@ -246,7 +249,7 @@ def _row(way: Way, samples: Samples | None, ms: dict[int, float]) -> dict[str, A
     """Columns of one way; figures are None where it did not run."""
     row: dict[str, Any] = {"way": way.name, "mode": way.mode, "reason": way.reason}
     row.update(rows=way.rows, both=way.both, nfe=way.nfe, graphs=way.stats())
-    if samples is None or not samples.rounds:
+    if samples is None or way.reason:
         return {**row, **dict.fromkeys(FIGURES)}
     denoiser = samples.median("denoiser_s")
     if "graphed" in way.mode:  # a graph hides its calls: bursts of the same mode stand in for them

@@ -16,7 +16,7 @@ medians and interquartile ranges are over rounds. Per run:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from statistics import median
@@ -236,18 +236,17 @@ def repeat(call: Callable[[], Any], times: int) -> Callable[[], None]:
     return run
 
 
-def capture(calls: Sequence[Callable[[], Any]], pool: Any = None) -> list[torch.cuda.CUDAGraph]:
-    """One graph per call, on one stream, in one pool: they must not run at the same time."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+def capture(call: Callable[[], Any], stream: Any, pool: Any) -> torch.cuda.CUDAGraph:
+    """A graph of ``call``. Graphs that share stream and pool must not run at the same time."""
+    before = torch.cuda.current_stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
-        for call in calls:
-            call()
+        call()  # what is loaded and chosen at the first call must not be in the graph
     torch.cuda.synchronize()
-    graphs = []
-    for call in calls:
-        graph = torch.cuda.CUDAGraph()
+    graph = torch.cuda.CUDAGraph()
+    try:
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             call()
-        graphs.append(graph)
-    return graphs
+    finally:
+        torch.cuda.set_stream(before)  # a capture that fails leaves the thread on its own
+    return graph
