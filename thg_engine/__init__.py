@@ -43,11 +43,16 @@ def compile(
     calibration: Calibration | str | Path | None = None,
     nfe: int | float | None = None,
     fused: bool | None = None,
+    graph: bool | None = None,
+    denoiser: str | None = None,
+    attention: str | None = None,
 ) -> Any:
     """Accelerate a diffusers pipeline in place; see `thg_engine.integrations.diffusers.compile`."""
     from .integrations.diffusers import compile as compile_pipeline
 
-    return compile_pipeline(pipe, guidance, calibration, nfe, fused)
+    return compile_pipeline(
+        pipe, guidance, calibration, nfe, fused, graph=graph, denoiser=denoiser, attention=attention
+    )
 
 
 def uncompile(pipe: Any) -> Any:

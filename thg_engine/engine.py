@@ -30,7 +30,7 @@ from thg_kernels.step_update.state import MODEL_DTYPES
 
 from .checks import check_generator, check_inputs
 from .errors import InvalidArgument, ThgError
-from .fingerprint import module_fingerprint, why_moving
+from .fingerprint import module_fingerprint, why_not_captured
 from .graph_cache import GraphCache, Lease
 from .packing import step_table
 from .plan import SamplingPlan
@@ -269,9 +269,9 @@ class Engine:
         pattern = [(row.evaluates_both, row.noise_weight != 0.0) for row in plan.rows]
         pattern = pattern if whole else []
         signature = signature_of((x_T, cond, uncond, shape, tuple(pattern)))
-        moving = why_moving(self._watch)
-        if backend == "reference" or moving:
-            return self._graphs.refuse(moving or "the reference backend asks the device")
+        reason = why_not_captured(self._watch)
+        if backend == "reference" or reason:
+            return self._graphs.refuse(reason or "the reference backend asks the device")
         return self._graphs.acquire(
             signature,
             module_fingerprint(self._watch),

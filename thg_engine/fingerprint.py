@@ -27,17 +27,26 @@ def module_fingerprint(module: Any) -> Hashable:
     return (id(module), hash(places), hash(modes), flags)
 
 
-def why_moving(module: Any) -> str:
-    """Why the weights of a module may be elsewhere in the next call; "" if they stay."""
+def why_not_captured(module: Any, own: str | None = None) -> str:
+    """Why a graph of a module would not do what a call does; "" where it would.
+
+    Args:
+        module: the network; what is no module is not looked into.
+        own: name of the hook that replays the graphs, on the module itself; its ``forward`` is what
+            is captured, so hooks of the module itself run all the same.
+    """
     if not isinstance(module, torch.nn.Module):
         return ""
     if getattr(module, "hf_device_map", None):
         return "a device map spreads the weights over devices"
-    for part in module.modules():
+    for name, part in module.named_modules():
         hook = getattr(part, "_hf_hook", None)
-        if hook is not None and type(hook).__name__ != "ModelHook":
-            return "offloading moves the weights between calls"
         registry = getattr(part, "_diffusers_hook", None)
-        if registry is not None and any("offload" in name for name in registry.hooks):
+        others = [] if registry is None else [key for key in registry.hooks if key != own]
+        if hook is not None or any("offload" in key for key in others):
             return "offloading moves the weights between calls"
+        if others:
+            return f"hooks of diffusers decide on the host ({', '.join(sorted(set(others)))})"
+        if (own is None or name) and (part._forward_hooks or part._forward_pre_hooks):
+            return f"a forward hook of {name or type(module).__name__} runs on the host"
     return ""

@@ -68,12 +68,13 @@ class Lease:
         self._cache, self._entry = cache, entry
         self.buffers = entry.buffers
 
-    def replay(self, name: str) -> None:
-        """One captured step."""
+    def replay(self, name: str) -> Any:
+        """One captured step; its result, good until the next replay."""
         if self._entry.graphs is None:
             raise ThgError("the graphs of this run have been released.")
-        self._entry.graphs.replay(name)
+        result = self._entry.graphs.replay(name)
         self._cache.count(replays=1)
+        return result
 
     def release(self) -> None:
         """Let the next run have them; a second time does nothing."""

@@ -29,7 +29,7 @@ import torch
 
 from .errors import ThgError
 
-Step = Callable[[], None]
+Step = Callable[[], Any]
 """One step on static buffers: reads and writes nothing else, asks the device nothing."""
 
 WARM_UPS = 2  # kernels load, autotuners choose and lazy buffers appear on the first call
@@ -62,6 +62,7 @@ class GraphSet:
         self.pool_bytes = 0
         self.ms: dict[str, tuple[float, float]] = {}
         self._graphs: dict[str, Any] = {}
+        self._results: dict[str, Any] = {}
 
     def capture(self, steps: Mapping[str, Step]) -> None:
         """Capture every step under its name, the largest given first, so that the rest fit in.
@@ -75,7 +76,7 @@ class GraphSet:
                 before = self.cuda.memory_reserved(self.device)
                 try:
                     for name, step in steps.items():
-                        self._graphs[name] = self._captured(step)
+                        self._graphs[name], self._results[name] = self._captured(step)
                 finally:
                     self.pool_bytes = self.cuda.memory_reserved(self.device) - before
         except BaseException as error:
@@ -86,9 +87,10 @@ class GraphSet:
                 raise
             raise NotCaptured(failure(error)) from None
 
-    def replay(self, name: str) -> None:
-        """Run a captured step on the current stream."""
+    def replay(self, name: str) -> Any:
+        """Run a captured step on the current stream; its result, good until the next replay."""
         self._graphs[name].replay()
+        return self._results[name]
 
     def measure(self, steps: Mapping[str, Step]) -> None:
         """Time every step both ways, in turns."""
@@ -105,6 +107,7 @@ class GraphSet:
         for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()
+        self._results.clear()
         self.stream = self.pool = None
 
     def _warm_up(self, steps: Mapping[str, Step]) -> None:
@@ -127,15 +130,15 @@ class GraphSet:
                 f"a capture needs about {_size(needed)} of device memory, {_size(free)} are free"
             )
 
-    def _captured(self, step: Step) -> Any:
-        """A graph of ``step``; the thread is on its old stream afterwards, whatever happens."""
+    def _captured(self, step: Step) -> tuple[Any, Any]:
+        """A graph of ``step`` and its result; the thread is on its old stream afterwards."""
         graph = self.cuda.CUDAGraph()
         before = self.cuda.current_stream(self.device)
         try:
             self.cuda.set_stream(self.stream)
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
-                step()
+                result = step()
             except BaseException:
                 with suppress(Exception):  # ends a capture that is broken, and says so again
                     graph.capture_end()
@@ -143,7 +146,7 @@ class GraphSet:
             graph.capture_end()
         finally:
             self.cuda.set_stream(before)
-        return graph
+        return graph, result
 
     def _timed(self, step: Step) -> float:
         """Milliseconds of one call, from launch to completion."""

@@ -10,6 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+HOOK_NAME = "thg_engine.guidance"
+"""Of the guidance hook, in the registry of the denoiser."""
 UNET_ARGUMENTS = (
     "sample",
     "timestep",

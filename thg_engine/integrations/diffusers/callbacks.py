@@ -11,11 +11,10 @@ from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from . import hook
+from .fingerprint import adapter_state
 from .run import PipelineRun
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-ADAPTER_STATE = ("scale", "scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
-"""Where IP-Adapters (a list of scales) and LoRA layers keep what a callback may turn."""
 LEGACY = "callback"
 """diffusers' deprecated callback, ``callback(step, timestep, latents)``; can edit in place only."""
 
@@ -51,10 +50,10 @@ def watch_callback(
 def _watched(callback: Callable[..., Any], run: PipelineRun) -> Callable[..., Any]:
     def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         before = {name: _mark(value) for name, value in tensors.items()}
-        given, adapters = dict(tensors), _adapter_state(pipe, run.module)
+        given, adapters = dict(tensors), adapter_state(pipe, run.module)
         result = _outside(callback, pipe, step, timestep, tensors)
-        if _adapter_state(pipe, run.module) != adapters:
-            run.invalidate()
+        if adapter_state(pipe, run.module) != adapters:
+            run.adapters_changed()
         for name, value in given.items():
             if _edited(value, before[name]):
                 run.invalidate()
@@ -86,21 +85,6 @@ def _outside(callback: Callable[..., Any], *args: Any) -> Any:
         return callback(*args)
     finally:
         hook.deactivate(token)
-
-
-def _adapter_state(pipe: Any, module: torch.nn.Module) -> list[Any]:
-    """How strongly adapters act, as something to compare; no device is touched."""
-    extra = getattr(pipe, "_cross_attention_kwargs", None) or {}
-    state: list[Any] = [(name, _plain(value)) for name, value in extra.items()]
-    for part in module.modules():
-        own = vars(part)
-        state += [_plain(own[name]) for name in ADAPTER_STATE if name in own]
-    return state
-
-
-def _plain(value: Any) -> Any:
-    """A tensor by identity, anything else as text: a copy that later edits cannot reach."""
-    return id(value) if isinstance(value, Tensor) else repr(value)
 
 
 def _mark(value: Any) -> Any:

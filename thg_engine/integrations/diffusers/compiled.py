@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,9 @@ from .adapters import RECORDS, AdapterRecord, find_record
 from .callbacks import watch_callback
 from .controller import Controller, Settings
 from .resolve import load_calibration, resolve_guidance
+from .tuning import check_tuning
+
+KILL_SWITCH = "THG_DISABLE"
 
 
 class CompiledPipeline:
@@ -58,6 +62,9 @@ def compile(
     calibration: Calibration | str | Path | None = None,
     nfe: int | float | None = None,
     fused: bool | None = None,
+    graph: bool | None = None,
+    denoiser: str | None = None,
+    attention: str | None = None,
 ) -> Any:
     """Accelerate a diffusers pipeline in place.
 
@@ -72,6 +79,10 @@ def compile(
         fused: whether ``scheduler.step`` becomes one fused launch where the scheduler is linear;
             equal to its own step but for rounding. None: yes, unless the plan always evaluates both
             branches, which then stays bit-identical to the plain pipeline.
+        graph: whether denoiser calls are replays of captured CUDA graphs, with the fused step in
+            them. None: where that is faster; True: wherever it is possible.
+        denoiser: "compile" compiles the repeated blocks of the denoiser with torch.compile.
+        attention: "sdpa", "xformers" or "native" (plain matrix products); None leaves it.
 
     Returns:
         The same object; ``pipe.thg`` has ``report()``, ``plan``, ``stats()``.
@@ -86,7 +97,12 @@ def compile(
         raise InvalidArgument("pipe", getattr(pipe, "__name__", type(pipe).__name__), remedy)
     if not (fused is None or isinstance(fused, bool)):
         raise InvalidArgument("fused", fused, "give True, False or None.")
-    return compile_with(pipe, Settings(guidance, load_calibration(calibration), nfe, fused))
+    if not (graph is None or isinstance(graph, bool)):
+        raise InvalidArgument("graph", graph, "give True, False or None.")
+    check_tuning(denoiser, attention)
+    curves = load_calibration(calibration)
+    settings = Settings(guidance, curves, nfe, fused, graph, denoiser, attention)
+    return compile_with(pipe, settings)
 
 
 def compile_with(pipe: Any, settings: Settings) -> Any:
@@ -102,6 +118,7 @@ def compile_with(pipe: Any, settings: Settings) -> Any:
         return pipe
     controller = Controller(settings, record, module, pipe=pipe)
     uncompile(pipe)
+    controller.tune()
     hook.attach(module, controller)
     pipe.__class__ = _compiled_class(base)
     vars(pipe)["thg"] = controller
@@ -117,6 +134,7 @@ def uncompile(pipe: Any) -> Any:
     controller = vars(pipe).pop("thg", None)
     if isinstance(controller, Controller) and controller.module is not None:
         hook.detach(controller.module, controller)
+        controller.undo_tuning()
     if isinstance(pipe, CompiledPipeline):
         pipe.__class__ = _base_class(pipe)
     return pipe
@@ -148,9 +166,15 @@ def _compiled_class(base: type[Any]) -> type[Any]:
 
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with self.thg.running(self, denoiser_of(self, self.thg.record)) as run:
-            args, kwargs = watch_callback(original, self, args, kwargs, run)
+        controller: Controller = self.thg
+        if os.environ.get(KILL_SWITCH) == "1":
             return original(self, *args, **kwargs)
+        with controller.apart(self) as pipe:
+            record = controller.record
+            module = None if record is None else denoiser_of(pipe, record)
+            with controller.running(pipe, module) as run:
+                args, kwargs = watch_callback(original, pipe, args, kwargs, run)
+                return original(pipe, *args, **kwargs)
 
     body = {
         "__call__": call,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,16 +18,21 @@ from thg_kernels.step_update import choose_backend
 
 from ...curves import Calibration
 from ...errors import InvalidArgument, ThgError
+from ...graph_cache import GraphCache
 from ...guidance import Guidance, GuidanceRow
 from ...lowering import guidance_rows, plan_from_timesteps
 from ...plan import SamplingPlan
 from ...schedule import model_timesteps
 from . import hook
 from .adapters import AdapterRecord
+from .fingerprint import adapter_state, processors
+from .graphed import RunGraphs
 from .planning import ChosenRows, FusedPlan, fused_plan, noise_levels
 from .resolve import resolve_guidance
 from .run import PipelineRun
 from .stepping import stepping
+from .tuning import Undo, tune
+from .twins import Twins
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,9 @@ class Settings:
     calibration: Calibration | None = None
     nfe: int | float | None = None
     fused: bool | None = None
+    graph: bool | None = None
+    denoiser: str | None = None
+    attention: str | None = None
 
 
 class Controller:
@@ -68,6 +77,10 @@ class Controller:
         self.notes: tuple[str, ...] = ()
         self._last: PipelineRun | None = None
         self._counts: Counter[str] = Counter()
+        self._graphs = GraphCache(choose=settings.graph is None)
+        self._undo_tuning: Undo | None = None
+        self._twins = Twins()
+        self._lock = threading.Lock()
         if module is not None:
             self._resolve(module)
 
@@ -121,7 +134,8 @@ class Controller:
         """Counters since `compile`, and of the last call.
 
         Keys: ``runs``, ``failed_runs``, ``evaluations`` (all runs, per sample), ``refreshes``,
-        ``fused_steps``, ``last_nfe``, ``last_rows``, ``fallbacks`` (reason -> runs).
+        ``fused_steps``, ``last_nfe``, ``last_rows``, ``fallbacks`` (reason -> runs), ``graphs``
+        (see `Engine.stats`).
         """
         reasons = {
             key.removeprefix("fallback: "): count
@@ -135,6 +149,7 @@ class Controller:
             "last_nfe": 0 if last is None else last.nfe,
             "last_rows": 0 if last is None else last.calls,
             "fallbacks": reasons,
+            "graphs": self._graphs.report(),
         }
 
     def report(self) -> str:
@@ -147,7 +162,7 @@ class Controller:
         lines += [
             "  guidance hook: on; one state for tortoise and hare (exact for first-order solvers)",
             self._step_line(),
-            "  graphs: off, this release captures none",
+            self._graph_line(),
         ]
         fallbacks = self.stats()["fallbacks"]
         lines += [f"  full guidance in {n} call(s): {why}" for why, n in fallbacks.items()]
@@ -163,6 +178,18 @@ class Controller:
         if run.unfused:
             return f"  fused step: off; {run.unfused}"
         return f"  fused step: {run.fused_steps} row(s) on the {run.backend} backend"
+
+    def _graph_line(self) -> str:
+        """What is replayed."""
+        if self.settings.graph is False:
+            return "  graphs: off, as asked for"
+        found = self._graphs.report()
+        if found["captures"]:
+            calls = f"{found['replays']} replay(s), {found['eager_calls']} eager call(s)"
+            size = f"{found['pool_bytes'] / 2**20:.0f} MiB"
+            return f"  graphs: {found['captures']} captured, {calls}, {size}"
+        reasons = "; ".join(found["refusals"]) or "nothing has run"
+        return f"  graphs: none; {reasons}"
 
     def _last_lines(self) -> list[str]:
         """The last call in the report."""
@@ -193,37 +220,66 @@ class Controller:
             raise ThgError(f"{type(pipe).__name__} has lost its denoiser; compile it again.")
         self._follow(module)
         wanted = self.settings.fused is not False
+        graphs = None
+        if self.settings.graph is not False:
+            state = (str(adapter_state(pipe, module)), processors(module))
+            graphs = RunGraphs(self._graphs, state, module, self.record)
         run = PipelineRun(
             pipe,
             module,
             self.record,
             lambda: self._plan_of_call(pipe),
             partial(self._fuse, pipe) if wanted else None,
+            graphs,
         )
         token = hook.activate(run)
-        self._counts["runs"] += 1
+        with self._lock:
+            self._counts["runs"] += 1
         try:
             with stepping(pipe.scheduler) if wanted else nullcontext():
                 yield run
         except BaseException:
-            self._counts["failed_runs"] += 1
+            with self._lock:
+                self._counts["failed_runs"] += 1
             raise
         finally:
             hook.deactivate(token)
             run.finish()
+            self._count(run)
+
+    def _count(self, run: PipelineRun) -> None:
+        with self._lock:
             self._last = run
             self._counts["fused_steps"] += run.fused_steps
             self._counts["evaluations"] += run.nfe
             self._counts["refreshes"] += run.refreshes
             self._counts.update(f"fallback: {reason}" for reason in run.fallbacks)
 
+    def apart(self, pipe: Any) -> AbstractContextManager[Any]:
+        """``pipe`` for one call, or a twin of it while another call is in progress."""
+        return self._twins.one(pipe)
+
+    def tune(self) -> None:
+        """Make the changes of the denoiser that were asked for."""
+        if self.module is not None:
+            self._undo_tuning = tune(self.module, self.settings.denoiser, self.settings.attention)
+
+    def undo_tuning(self) -> None:
+        """Take them back, and drop what was captured."""
+        undo, self._undo_tuning = self._undo_tuning, None
+        self._graphs.flush()
+        if undo is not None:
+            undo()
+
     def _follow(self, module: torch.nn.Module) -> None:
         """Move the hook when the user has given the pipeline another denoiser."""
         if module is not self.module:
             self._resolve(module)
             if self.module is not None:
+                self.undo_tuning()
                 hook.detach(self.module, self)
             self.module = module
+            self.tune()
         hook.attach(module, self)
 
     def _plan_of_call(self, pipe: Any) -> tuple[tuple[GuidanceRow, ...], SamplingPlan]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,8 +24,10 @@ from thg_kernels.step_update import (
 from ...guidance import GuidanceRow
 from ...packing import step_table
 from ...plan import SamplingPlan
+from ...step_buffers import Shape
 from ...table import SolverRow
 from .deferred import BranchSum
+from .graphed import RowBuffers, RunGraphs
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class FusedStep:
         dtype: of the samples it returns; that of the denoiser's output if None.
         watches: whether somebody may edit a returned sample so that torch does not notice
             (``.data``, a NumPy view); in inference mode every edit is of that kind.
+        graphs: of the run, if its rows may be captured together with the denoiser.
     """
 
     def __init__(
@@ -67,18 +71,33 @@ class FusedStep:
         guides: bool,
         dtype: torch.dtype | None = None,
         watches: bool = False,
+        graphs: RunGraphs | None = None,
     ) -> None:
         self.plan, self.solver, self.guides = plan, solver, guides
         self.dtype, self.watches = dtype or model_dtype, watches
+        self._model_dtype = model_dtype
         table = step_table(plan if guides else _unguided(plan))
         wide = torch.float64 in (x.dtype, model_dtype)
         registers = torch.float64 if wide else torch.float32
-        self.state = StepState(table, x, model_dtype=model_dtype, register_dtype=registers)
         self.backend = choose_backend(x.device, wide)
-        self._delta_slots = [
-            line[Column.SLOT_DELTA] for line in table.lines
-        ]  # as planned, before any patch
+        self._buffers: RowBuffers | None = None
+        if graphs is not None and guides and self.backend != "reference":
+            shape = Shape(
+                model_dtype, registers, self.backend, table.num_rows, table.num_slots, True
+            ).roomy(x.shape[0], x[0].numel())
+            self._buffers = graphs.start_row(shape, x, self.dtype)
+        if self._buffers is None:
+            self.state = StepState(table, x, model_dtype=model_dtype, register_dtype=registers)
+        else:
+            table = table.resized(self._buffers.shape.num_rows, self._buffers.shape.num_slots)
+            self.state = self._buffers.state
+            self.state.restart(table, x)
+        # As planned, before any patch.
+        self._delta_slots = [line[Column.SLOT_DELTA] for line in table.lines]
         self._valid: set[int] = set()
+        self._generator: Any = None
+        self._noise: tuple[int, Tensor | None] = (-1, None)
+        self._ahead: float | None = None
         self._remember(x)
 
     @property
@@ -107,6 +126,8 @@ class FusedStep:
     def held(self, row: int, cond: Tensor) -> Tensor:
         """Delta of ``row`` in torch, for a host that wants the tensor: float32, shape of cond."""
         registers, num_slots = self.state.registers, self.state.table.num_slots
+        if self._ahead is not None and self._buffers is not None:
+            registers = self._buffers.backup  # the row has run
         line = self.state.table.lines[row]
         delta = torch.zeros_like(cond, dtype=torch.float32)
         for name in ("to_delta", "to_change"):
@@ -138,19 +159,24 @@ class FusedStep:
             generator: of the noise of stochastic solvers.
             source: the denoiser call of this row, None where nothing of it may be held.
         """
-        self._take(sample)
+        self._generator = generator
         scale = output.guidance_scale if isinstance(output, BranchSum) else None
+        if self._ahead is not None:
+            following = self._arrived(scale, sample)
+            if following is not None:
+                return following
+        self._take(sample)
         row, kept = self.row, (-1.0, -1.0)
         if self.guides and scale is not None and source is not None:
             values, branches = source.values, source.branches
-            self._rescale(scale, source)
+            self._rescale(scale, source.guidance)
         else:
             values = output.value() if isinstance(output, BranchSum) else output
             branches = BranchRows.cond_only(self.state.batch)
             if self.guides:
                 kept = self._hand_over(source)
         following = torch.empty_like(sample, dtype=self.dtype)
-        noise = self._draw(sample, values.dtype, generator)
+        noise = self._drawn(values.dtype)
         step_update(
             self.state, values, branches, noise=noise, sample=following, backend=self.backend
         )
@@ -160,19 +186,59 @@ class FusedStep:
         self._remember(following)
         return following
 
-    def _draw(self, sample: Tensor, dtype: torch.dtype, generator: Any) -> Tensor | None:
+    def foresee(self, guidance: GuidanceRow, scale: float) -> None:
+        """Bring the next row in line with what the pipeline is about to do, ahead of its replay.
+
+        Args:
+            guidance: what the plan says about it; ``evaluates_both`` as it will be evaluated.
+            scale: w, as the pipeline has it now.
+        """
+        self._take(self._last)
+        self._rescale(scale, guidance)
+        noise = self._drawn(self._model_dtype)
+        if noise is not None and self._buffers is not None:
+            self._buffers.noise.copy_(noise)
+        self._ahead = scale
+
+    def replayed(self) -> None:
+        """The row has run on the device, and the host follows."""
+        self.state.advance(range(self.state.batch))
+
+    def _arrived(self, scale: float | None, sample: Tensor) -> Tensor | None:
+        """The pipeline has come to the step of a row that ran ahead: its sample.
+
+        None where the pipeline has done something else meanwhile; the row is then taken back.
+        """
+        foreseen, self._ahead = self._ahead, None
+        if self._buffers is None or foreseen is None:
+            return None
+        row = self.row - 1
+        same = sample is self._last and (sample.is_inference() or sample._version == self._version)
+        if same and scale is not None and math.isclose(scale, foreseen, rel_tol=1e-9):
+            following = self._buffers.following.clone()
+            self._note_writes(row)
+            self._remember(following)
+            return following
+        self.state.registers.copy_(self._buffers.backup)
+        self.state.seek(row)
+        return None
+
+    def _drawn(self, dtype: torch.dtype) -> Tensor | None:
         """The noise of the next row, drawn as often and as wide as the scheduler itself would."""
-        row = self.solver[self.row]
-        drawn = [
-            randn_tensor(
-                sample.shape,
-                generator=generator,
-                device=sample.device,
-                dtype=torch.float32 if wide == "float32" else dtype,
-            )
-            for wide in row.noise_draws
-        ]
-        return drawn[row.noise_draw] if row.noise_weight != 0.0 else None
+        row, like = self.solver[self.row], self._last
+        if self._noise[0] != self.row:
+            drawn = [
+                randn_tensor(
+                    like.shape,
+                    generator=self._generator,
+                    device=like.device,
+                    dtype=torch.float32 if wide == "float32" else dtype,
+                )
+                for wide in row.noise_draws
+            ]
+            noise = drawn[row.noise_draw] if row.noise_weight != 0.0 else None
+            self._noise = (self.row, noise)
+        return self._noise[1]
 
     def _remember(self, sample: Tensor) -> None:
         """Note what the pipeline has been given, to tell an edit."""
@@ -192,14 +258,14 @@ class FusedStep:
         elif sample._version != self._version:
             self.state.set_samples(sample)
 
-    def _rescale(self, scale: float, source: Outputs) -> None:
-        """Bring the row in line with what the pipeline did: the scale, and a refresh."""
+    def _rescale(self, scale: float, guidance: GuidanceRow) -> None:
+        """Bring the row in line with what the pipeline does: the scale, and a refresh."""
         line = self.state.table.lines[self.row]
-        weight = (scale - 1.0) * source.guidance.boost
-        held = source.guidance.delta_weights or source.guidance.cond_change_weights
-        if not (source.guidance.evaluates_both or held):
+        weight = (scale - 1.0) * guidance.boost
+        held = guidance.delta_weights or guidance.cond_change_weights
+        if not (guidance.evaluates_both or held):
             weight = 0.0
-        both = source.guidance.evaluates_both
+        both = guidance.evaluates_both
         if both != bool(line[Column.BOTH]) or abs(weight - line[Column.GUIDANCE]) > 1e-9:
             self._replace(self._formed_by(both, weight))
 

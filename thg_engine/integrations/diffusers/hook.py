@@ -15,9 +15,9 @@ from weakref import WeakSet
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
+from .adapters import HOOK_NAME
 from .run import PipelineRun
 
-HOOK_NAME = "thg_engine.guidance"
 Forward = Callable[..., Any]
 F = TypeVar("F", bound=Forward)
 
@@ -74,12 +74,18 @@ class GuidanceHook(ModelHook):  # type: ignore[misc]
         if run is None or run.module is not module:
             return original(*args, **kwargs)
         args, kwargs, finish = _prepare(run, args, kwargs)
-        return _finish(finish, original(*args, **kwargs))
+        output = _replayed(run, original)
+        return _finish(finish, original(*args, **kwargs) if output is None else output)
 
 
 @_host_only
 def _prepare(run: PipelineRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return run.prepare(args, kwargs)
+
+
+@_host_only
+def _replayed(run: PipelineRun, forward: Forward) -> Any:
+    return run.replayed(forward)
 
 
 @_host_only

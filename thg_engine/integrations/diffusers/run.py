@@ -28,6 +28,7 @@ from ...plan import SamplingPlan
 from .adapters import AdapterRecord
 from .deferred import BranchSum
 from .fused import FusedStep, Outputs
+from .graphed import RunGraphs
 from .held import HeldGuidance
 from .planning import FusedPlan
 from .slicing import CannotSlice, slice_half
@@ -46,6 +47,7 @@ class PipelineRun:
         make_plan: gives guidance rows and plan once the pipeline has set its timesteps.
         make_fused: gives the plan with solver columns for these arguments of ``scheduler.step``
             and this sample, or the reason why there is none; None: the scheduler steps.
+        graphs: of this run; None: every call runs eagerly.
 
     Attributes:
         plan: plan of this run; None before the first guided model call.
@@ -64,6 +66,7 @@ class PipelineRun:
         record: AdapterRecord,
         make_plan: Callable[[], tuple[Rows, SamplingPlan]],
         make_fused: Callable[[Rows, dict[str, Any], Tensor], FusedPlan | str] | None = None,
+        graphs: RunGraphs | None = None,
     ) -> None:
         self.pipe, self.module, self.record = pipe, module, record
         self._make_plan: Any = make_plan
@@ -78,8 +81,11 @@ class PipelineRun:
         self._is_full = False
         self._held = HeldGuidance()
         self._embeds: tuple[Tensor, int] | None = None
+        self._named: Mapping[str, Any] = {}
         self._source: Outputs | None = None
         self.watched = False
+        self.graphs = graphs
+        self._pending: tuple[int, GuidanceRow, str] | None = None
 
     def invalidate(self) -> None:
         """Forget held deltas: the next row evaluates both branches."""
@@ -91,13 +97,22 @@ class PipelineRun:
         """Let go of pipeline and tensors: a controller keeps the run for its report."""
         self.invalidate()
         self._embeds = self.pipe = self._make_plan = self._make_fused = self.fused = None
-        self._source = None
+        self._source = self._pending = None
+        if self.graphs is not None:
+            self.graphs.release()
+
+    def adapters_changed(self) -> None:
+        """Somebody has turned an adapter: nothing held or captured is of this denoiser."""
+        self.invalidate()
+        if self.graphs is not None:
+            self.graphs.turn_off()
 
     def prepare(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]:
         """What the denoiser is called with in this row, and what becomes of its output."""
         index, self.calls, self._source = self.calls, self.calls + 1, None
+        self._pending = None
         if not self.pipe.do_classifier_free_guidance:
             # The pipeline itself feeds the conditional branch alone: nothing to save, and should
             # guidance come back later in the run, what is held would be stale.
@@ -111,12 +126,46 @@ class PipelineRun:
         named = {**dict(zip(self.record.arguments, args, strict=False)), **kwargs}
         self._watch_embeds(named)
         row, half = self._choose(index, named)
+        if row is not None:
+            self._named = named
+            self._pending = (index, row, "both" if half is None else "cond")
         if row is None or half is None:
             self.nfe += 2
             finish = _untouched if row is None else partial(self._both, index, row)
             return args, kwargs, finish
         self.nfe += 1
         return (), half, partial(self._conditional, index, row)
+
+    def replayed(self, forward: Callable[..., Any]) -> Any:
+        """The output of the prepared call by a replay; None where it is to be run.
+
+        Args:
+            forward: the denoiser below the hook.
+        """
+        graphs, pending = self.graphs, self._pending
+        if graphs is None or pending is None:
+            return None
+        index, row, variant = pending
+        graphs.note(forward, self._named)
+        output = None
+        if self._guides:
+            output = self._replayed_row(graphs, index, row, variant)
+        elif not self._defers:
+            output = graphs.replay(variant)
+        if output is None:
+            graphs.count_eager()
+        return output
+
+    def _replayed_row(self, graphs: RunGraphs, index: int, row: GuidanceRow, variant: str) -> Any:
+        """Denoiser and row in one replay."""
+        fused = self.fused
+        if fused is None or not graphs.has_row or index != fused.row:
+            return None
+        guidance = replace(row, evaluates_both=variant == "both")
+        fused.foresee(guidance, float(self.pipe.guidance_scale))
+        output = graphs.replay_row(variant)
+        fused.replayed()
+        return output
 
     def _choose(
         self, index: int, named: Mapping[str, Any]
@@ -241,6 +290,7 @@ class PipelineRun:
             guides=deferred,
             dtype=made.result_dtype(sample.dtype, output.dtype),
             watches=self.watched,
+            graphs=self.graphs,
         )
         self.backend = self.fused.backend
         if deferred:

@@ -1,0 +1,359 @@
+"""Graphs in compiled pipelines on a fake CUDA: equal to eager calls, whatever happens."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+
+import thg_engine
+from fake_cuda import FakeCuda, FakeCudaError, OnFakeCuda
+from pipelines import METHODS, call, make, tiny
+from thg_engine import THG
+from thg_engine.errors import InvalidArgument
+
+HELD = THG(grid=3)
+ROWS = 8
+
+
+def on_fake(pipe, cuda=None):
+    """The compiled pipeline with its graphs on a fake CUDA."""
+    cache = pipe.thg._graphs
+    cache.cuda = cuda or FakeCuda()
+    acquire = cache.acquire
+    cache.acquire = lambda signature, fingerprint, device, build: acquire(
+        signature, fingerprint, OnFakeCuda(), build
+    )
+    return pipe
+
+
+def graphed(method=HELD, cuda=None, kind="text", scheduler=None, **kwargs):
+    pipe = tiny(kind, scheduler=scheduler)
+    return on_fake(thg_engine.compile(pipe, method, graph=True, **kwargs), cuda)
+
+
+def eager(method=HELD, kind="text", scheduler=None, seed=1, **kwargs):
+    options = {name: kwargs.pop(name) for name in ("fused",) if name in kwargs}
+    pipe = thg_engine.compile(tiny(kind, scheduler=scheduler), method, graph=False, **options)
+    return call(pipe, seed=seed, **kwargs)
+
+
+def graph_stats(pipe):
+    return pipe.thg.stats()["graphs"]
+
+
+SOLVERS = ["DDIMScheduler", "UniPCMultistepScheduler", "EulerDiscreteScheduler"]
+NOISY = ["EulerAncestralDiscreteScheduler", "KDPM2AncestralDiscreteScheduler", "LCMScheduler"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", SOLVERS)
+def test_graphs_give_what_eager_calls_give(name, method):
+    """Every row but the first, which decides who steps, is a replay."""
+    pipe = graphed(METHODS[method], scheduler=make(name))
+    for seed in (0, 1):
+        expected = eager(METHODS[method], scheduler=make(name), seed=seed)
+        assert torch.equal(call(pipe, seed=seed), expected)
+    stats, rows = graph_stats(pipe), pipe.thg.stats()["last_rows"]
+    assert stats["captures"] == 2 and not stats["refusals"]
+    assert stats["replays"] in (2 * (rows - 1), 2 * rows)
+    assert "graphs: 2 captured" in pipe.thg.report()
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_the_denoiser_runs_only_to_be_captured(fused):
+    """Two warm-ups and a capture of each size, then the first row of every call at most."""
+    pipe, runs = graphed(fused=fused), []
+    forward = pipe.unet.conv_in.forward
+    pipe.unet.conv_in.forward = lambda x: (runs.append(len(x)), forward(x))[1]
+    call(pipe)
+    assert runs == ([2] if fused is None else []) + [2] * 2 + [1] * 2 + [2, 1]
+    runs.clear()
+    call(pipe, seed=1)
+    assert runs == ([2] if fused is None else [])
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_noise_is_drawn_as_often_and_in_the_same_order(name):
+    expected = eager(scheduler=make(name))
+    assert torch.equal(call(graphed(scheduler=make(name))), expected)
+
+
+@pytest.mark.parametrize("kind", ["img2img", "inpaint", "inpaint9"])
+def test_other_pipelines(kind):
+    """Inpainting blends the latents after every step: each row is taken back and run again."""
+    pipe = graphed(kind=kind)
+    for seed in (0, 1):
+        assert torch.equal(call(pipe, seed=seed), eager(kind=kind, seed=seed))
+    assert graph_stats(pipe)["replays"] > 0
+
+
+def test_another_schedule_scale_solver_and_prompt_need_no_capture():
+    pipe = graphed()
+    call(pipe)
+    for k, kwargs in enumerate(
+        ({"num_inference_steps": 13}, {"guidance_scale": 3.0}, {"prompt": "a red tree"})
+    ):
+        assert torch.equal(call(pipe, seed=k, **kwargs), eager(seed=k, **kwargs))
+    pipe.scheduler = make("DPMSolverMultistepScheduler")
+    expected = eager(scheduler=make("DPMSolverMultistepScheduler"))
+    assert torch.equal(call(pipe), expected)
+    assert graph_stats(pipe)["captures"] == 2
+
+
+def test_another_size_and_batch_are_other_shapes():
+    pipe = graphed()
+    for kwargs in ({}, {"height": 24, "width": 16}, {"prompt": ["a cat", "a dog"]}, {}):
+        assert torch.equal(call(pipe, **kwargs), eager(**kwargs))
+    assert graph_stats(pipe)["captures"] == 6
+
+
+def callback_of(what):
+    def callback(pipe, i, t, tensors):
+        if i != 3:
+            return {}
+        if what == "scale":
+            pipe._guidance_scale = 2.0
+        elif what == "rescale":
+            pipe._guidance_rescale = 0.7
+        elif what == "off":
+            pipe._guidance_scale = 1.0
+            return {"prompt_embeds": tensors["prompt_embeds"][-1:]}
+        elif what == "in place":
+            tensors["latents"].mul_(1.1)
+        elif what == "replaced":
+            return {"latents": 1.1 * tensors["latents"]}
+        elif what == "embeds":
+            return {"prompt_embeds": 0.5 * tensors["prompt_embeds"]}
+        elif what == "interrupt":
+            pipe._interrupt = True
+        return {}
+
+    names = ["latents", "prompt_embeds"]
+    return {"callback_on_step_end": callback, "callback_on_step_end_tensor_inputs": names}
+
+
+@pytest.mark.parametrize(
+    "what", ["scale", "rescale", "off", "in place", "replaced", "embeds", "interrupt"]
+)
+@pytest.mark.parametrize("name", ["DDIMScheduler", "UniPCMultistepScheduler"])
+def test_what_a_callback_does_in_the_middle(what, name):
+    pipe = graphed(scheduler=make(name))
+    plain = call(pipe)
+    expected = eager(scheduler=make(name), **callback_of(what))
+    assert torch.equal(call(pipe, **callback_of(what)), expected)
+    assert torch.equal(call(pipe), plain), "nothing is left behind"
+
+
+def test_an_exception_in_the_middle_leaves_nothing_behind():
+    pipe = graphed()
+    plain = call(pipe)
+
+    def callback(pipe, i, t, tensors):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        call(pipe, callback_on_step_end=callback)
+    assert torch.equal(call(pipe), plain)
+    assert not graph_stats(pipe)["refusals"]
+
+
+@pytest.mark.parametrize("nth", [1, 2, 40, 400])
+@pytest.mark.parametrize("event", ["capture_begin", "record", "capture_end"])
+def test_a_capture_that_fails_leaves_correct_eager_calls(event, nth):
+    cuda = FakeCuda()
+    cuda.fail[event, nth] = FakeCudaError("injected")
+    pipe = graphed(cuda=cuda)
+    assert torch.equal(call(pipe), eager())
+    assert torch.equal(call(pipe, seed=1), eager(seed=1))
+    if cuda.counts[event] >= nth:
+        assert "injected" in pipe.thg.report() and graph_stats(pipe)["captures"] == 0
+
+
+def test_adapters_processors_and_weights_are_looked_at():
+    from diffusers.models.attention_processor import AttnProcessor
+
+    pipe = graphed()
+    call(pipe)
+    pipe.unet.set_attn_processor(AttnProcessor())
+    twin = thg_engine.compile(tiny(), HELD, graph=False)
+    twin.unet.set_attn_processor(AttnProcessor())
+    assert torch.equal(call(pipe), call(twin))
+    assert graph_stats(pipe)["captures"] == 4
+    with torch.no_grad():
+        pipe.unet.conv_out.weight.mul_(1.5)
+        twin.unet.conv_out.weight.mul_(1.5)
+    assert torch.equal(call(pipe), call(twin))
+    assert graph_stats(pipe)["captures"] == 4
+    for each in (pipe, twin):
+        each.unet.conv_in.scaling = {"default": 0.5}  # as a LoRA layer keeps it
+    call(pipe)
+    assert graph_stats(pipe)["captures"] == 6
+
+
+def test_an_adapter_turned_in_the_middle_ends_the_replays():
+    def callback(pipe, i, t, tensors):
+        if i == 3:
+            pipe.unet.conv_in.scaling = {"default": 0.5}
+        return {}
+
+    pipe = graphed()
+    call(pipe)
+    before = graph_stats(pipe)["replays"]
+    expected = eager(callback_on_step_end=callback)
+    assert torch.equal(call(pipe, callback_on_step_end=callback), expected)
+    assert graph_stats(pipe)["replays"] == before + 3
+
+
+def test_hooks_and_offloading_get_no_graphs():
+    pipe = graphed()
+    handle = pipe.unet.mid_block.register_forward_hook(lambda *args: None)
+    assert torch.equal(call(pipe), eager())
+    assert "a forward hook of mid_block runs on the host" in pipe.thg.report()
+    handle.remove()
+    assert torch.equal(call(pipe), eager())
+    assert graph_stats(pipe)["captures"] == 2
+    pipe.unet.mid_block._hf_hook = object()
+    call(pipe)
+    assert any("offloading" in reason for reason in graph_stats(pipe)["refusals"])
+
+
+def test_scheduler_with_a_step_of_its_own_runs_the_denoiser_from_graphs():
+    """PNDM keeps the outputs it is given: they must not be overwritten by the next replay."""
+    for name in ("PNDMScheduler", "DPMSolverSinglestepScheduler"):
+        pipe = graphed(fused=False, scheduler=make(name))
+        expected = eager(fused=False, scheduler=make(name))
+        assert torch.equal(call(pipe), expected)
+        assert graph_stats(pipe)["replays"] == pipe.thg.stats()["last_rows"]
+
+
+def test_full_guidance_on_graphs_is_bit_identical():
+    pipe = tiny()
+    stock = call(pipe)
+    on_fake(thg_engine.compile(pipe, "cfg", graph=True))
+    assert torch.equal(call(pipe), stock) and torch.equal(call(pipe), stock)
+    assert graph_stats(pipe)["replays"] > 0
+
+
+def test_guidance_rescale_from_the_beginning():
+    pipe = graphed()
+    for _ in range(2):
+        assert torch.equal(call(pipe, guidance_rescale=0.7), eager(guidance_rescale=0.7))
+    assert graph_stats(pipe)["replays"] > 0
+
+
+def test_threads_on_one_pipeline_give_the_images_of_one():
+    pipe, seeds = graphed(), range(5)
+    expected = [eager(seed=seed) for seed in seeds]
+    found = [None] * len(seeds)
+
+    def work(k):
+        found[k] = call(pipe, seed=k)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in seeds]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert pipe.thg.stats()["runs"] == len(seeds)
+
+
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler", "UniPCMultistepScheduler"])
+def test_threads_without_graphs_share_no_scheduler_state(name):
+    pipe = thg_engine.compile(tiny(scheduler=make(name)), HELD)
+    steps = [5, 8, 6, 11]
+    expected = [call(pipe, num_inference_steps=n) for n in steps]
+    scheduler, found = pipe.scheduler, [None] * len(steps)
+
+    def work(k):
+        found[k] = call(pipe, num_inference_steps=steps[k])
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(steps))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+    assert pipe.scheduler is scheduler
+
+
+@pytest.mark.parametrize("switch", ["THG_DISABLE", "THG_DISABLE_GRAPHS"])
+def test_kill_switches(monkeypatch, switch):
+    pipe = graphed()
+    stock = call(tiny())
+    monkeypatch.setenv(switch, "1")
+    found = call(pipe)
+    assert torch.equal(found, stock if switch == "THG_DISABLE" else eager())
+    assert graph_stats(pipe)["captures"] == 0
+    monkeypatch.delenv(switch)
+    assert torch.equal(call(pipe), eager())
+    assert graph_stats(pipe)["captures"] == 2
+
+
+def test_uncompile_drops_the_graphs():
+    cuda = FakeCuda()
+    pipe = graphed(cuda=cuda)
+    call(pipe)
+    thg_engine.uncompile(pipe)
+    assert cuda.resets == 2
+    assert torch.equal(call(pipe), call(tiny()))
+
+
+def test_on_a_cpu_the_report_says_why_there_are_none():
+    pipe = thg_engine.compile(tiny(), HELD)
+    assert "graphs: none; nothing has run" in pipe.thg.report()
+    call(pipe)
+    assert "graphs: none; there are no graphs on cpu" in pipe.thg.report()
+    assert "graphs: off, as asked for" in thg_engine.compile(pipe, graph=False).thg.report()
+
+
+# -- changes of the denoiser -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "native"])
+def test_attention_is_chosen_and_put_back(attention):
+    pipe = tiny()
+    before = dict(pipe.unet.attn_processors)
+    expected = call(thg_engine.compile(pipe, HELD))
+    found = call(thg_engine.compile(pipe, HELD, attention=attention))
+    kinds = {type(one).__name__ for one in pipe.unet.attn_processors.values()}
+    assert kinds == {{"sdpa": "AttnProcessor2_0", "native": "AttnProcessor"}[attention]}
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    thg_engine.uncompile(pipe)
+    assert pipe.unet.attn_processors == before
+
+
+def test_compiled_blocks_are_put_back(monkeypatch):
+    pipe, compiled = tiny(), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
+    thg_engine.compile(pipe, HELD, denoiser="compile")
+    assert {type(block).__name__ for block in compiled} == {"BasicTransformerBlock"}
+    for block in compiled:
+        block._compiled_call_impl = lambda *args, **kwargs: None
+    thg_engine.uncompile(pipe)
+    assert all(block._compiled_call_impl is None for block in compiled)
+    assert torch.equal(call(pipe), call(tiny()))
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [("graph", "step"), ("graph", 1), ("denoiser", "eager"), ("attention", "flash")],
+)
+def test_bad_arguments_change_nothing(argument, value):
+    pipe = tiny()
+    kind = type(pipe)
+    with pytest.raises(InvalidArgument, match=f"{argument}="):
+        thg_engine.compile(pipe, HELD, **{argument: value})
+    assert type(pipe) is kind and not hasattr(pipe, "thg")
+
+
+def test_attention_of_a_library_that_is_missing(monkeypatch):
+    from thg_engine.integrations.diffusers import tuning
+
+    monkeypatch.setattr(tuning, "find_spec", lambda name: None)
+    with pytest.raises(InvalidArgument, match=r"pip install 'thg-engine\[xformers\]'"):
+        thg_engine.compile(tiny(), HELD, attention="xformers")

@@ -1,0 +1,35 @@
+"""What the state of a denoiser is beyond its weights: adapters and attention processors."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ADAPTER_STATE = ("scale", "scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
+"""Where IP-Adapters (a list of scales) and LoRA layers keep what a callback may turn."""
+
+
+def adapter_state(pipe: Any, module: torch.nn.Module) -> list[Any]:
+    """How strongly adapters act, as something to compare; no device is touched."""
+    extra = getattr(pipe, "_cross_attention_kwargs", None) or {}
+    state: list[Any] = [(name, _plain(value)) for name, value in extra.items()]
+    for part in module.modules():
+        own = vars(part)
+        state += [_plain(own[name]) for name in ADAPTER_STATE if name in own]
+    return state
+
+
+def _plain(value: Any) -> Any:
+    """A tensor by identity, anything else as text: a copy that later edits cannot reach."""
+    return id(value) if isinstance(value, Tensor) else repr(value)
+
+
+def processors(module: Any) -> Hashable:
+    """The attention processors, as something to compare."""
+    found = getattr(module, "attn_processors", None) or {}
+    return tuple(
+        (name, id(one), str(getattr(one, "_attention_backend", ""))) for name, one in found.items()
+    )

@@ -1,0 +1,221 @@
+"""Graphs in a pipeline's own loop: the denoiser, and where the step is fused the row with it.
+
+The pipeline still forms the denoiser's input, calls it, combines and steps; the call is a replay.
+With a fused step the replay runs the row, too, ahead of the pipeline's combine: what that does is
+known from the row before. `FusedStep` checks it when the pipeline gets there, and takes the row
+back where the pipeline did something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from thg_kernels.step_update import BranchRows, StepState, StepTable, Uses, blank_rows, launch
+
+from ...fingerprint import module_fingerprint, why_not_captured
+from ...graph_cache import GraphCache, Lease
+from ...graphs import Step
+from ...step_buffers import Shape, signature_of
+from .adapters import HOOK_NAME, AdapterRecord
+from .slicing import CannotSlice, slice_half
+
+Forward = Callable[..., Any]
+
+
+class DenoiserBuffers:
+    """The arguments of a denoiser call on fixed addresses.
+
+    Args:
+        forward: the denoiser below the hook.
+        named: its arguments in a call with both branches, by name.
+        record: how the branches share the call.
+    """
+
+    def __init__(self, forward: Forward, named: Mapping[str, Any], record: AdapterRecord) -> None:
+        self._forward = forward
+        device = named[record.arguments[0]].device
+        # A timestep on the host would be frozen in the capture: here it is on the device.
+        self.named = pytree.tree_map_only(
+            Tensor, lambda value: value.to(device, copy=True), dict(named)
+        )
+        try:
+            self._half: dict[str, Any] | None = slice_half(self.named, record)
+        except CannotSlice:  # then every row evaluates both
+            self._half = None
+
+    def load(self, named: Mapping[str, Any]) -> None:
+        """Take over the values of another call."""
+        pairs = zip(pytree.tree_leaves(self.named), pytree.tree_leaves(dict(named)), strict=True)
+        for into, value in pairs:
+            if isinstance(into, Tensor):
+                into.copy_(value, non_blocking=True)
+
+    def steps(self) -> Mapping[str, Step]:
+        """What to capture: each returns the denoiser's output."""
+        steps: dict[str, Step] = {"both": lambda: self._run("both", self.named)}
+        if self._half is not None:
+            half = self._half
+            steps["cond"] = lambda: self._run("cond", half)
+        return steps
+
+    def _run(self, variant: str, named: Mapping[str, Any]) -> Any:
+        return self._forward(**named)
+
+
+class RowBuffers(DenoiserBuffers):
+    """The same with the state of a fused step, which follows the denoiser.
+
+    Args:
+        forward, named, record: see `DenoiserBuffers`.
+        shape: of the tables to come.
+        x: a sample, shape ``(B, *latent)``.
+        dtype: of the samples that the step returns.
+
+    Attributes:
+        state: registers, table and cursor.
+        backup: the registers before the last replay.
+        noise: what the next row adds.
+        following: the sample that the last replay made.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        named: Mapping[str, Any],
+        record: AdapterRecord,
+        shape: Shape,
+        x: Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__(forward, named, record)
+        blank = StepTable(blank_rows(shape.num_rows, shape.num_slots), (0,) * shape.num_rows)
+        self.shape = shape
+        self.state = StepState(
+            blank, x, model_dtype=shape.model_dtype, register_dtype=shape.register_dtype
+        )
+        self.state.uses = Uses(sum(Uses))
+        self.backup = torch.zeros_like(self.state.registers)
+        self.noise = torch.zeros_like(self.state.samples())
+        self.following = torch.zeros_like(self.noise, dtype=dtype)
+        both = BranchRows.both(x.shape[0])
+        both = both if record.cond_half == 1 else BranchRows(both.uncond, both.cond)
+        self._branches = {"both": both, "cond": BranchRows.cond_only(x.shape[0])}
+
+    def _run(self, variant: str, named: Mapping[str, Any]) -> Any:
+        output = self._forward(**named)
+        self.backup.copy_(self.state.registers)
+        launch(
+            self.state,
+            output[0],
+            self._branches[variant],
+            noise=self.noise,
+            sample=self.following,
+            backend=self.shape.backend,
+        )
+        return output
+
+
+class RunGraphs:
+    """Graphs in one call of a pipeline.
+
+    Args:
+        cache: of the compiled pipeline.
+        pipe_state: what the pipeline adds to the fingerprint of its denoiser.
+        module: the denoiser.
+        record: how the branches share a call.
+    """
+
+    def __init__(
+        self,
+        cache: GraphCache,
+        pipe_state: Hashable,
+        module: torch.nn.Module,
+        record: AdapterRecord,
+    ) -> None:
+        self._cache, self._record, self._module = cache, record, module
+        self._pipe_state = pipe_state
+        self._forward: Forward | None = None
+        self._named: Mapping[str, Any] = {}
+        self._signature: Hashable = None
+        self._leases: dict[str, Lease | str] = {}
+        self._is_off = False
+
+    def note(self, forward: Forward, named: Mapping[str, Any]) -> None:
+        """The call in progress; graphs are of calls like the first."""
+        signature = signature_of(dict(named))
+        if self._forward is not None and signature != self._signature:
+            self.turn_off()
+        self._forward, self._named, self._signature = forward, named, signature
+
+    def start_row(self, shape: Shape, x: Tensor, dtype: torch.dtype) -> RowBuffers | None:
+        """Graphs of denoiser and row for the rest of the run; None: there are none."""
+        forward, named = self._forward, self._named
+        if forward is None:
+            return None
+        lease = self._lease(
+            "row",
+            (shape, signature_of(x), dtype),
+            lambda: RowBuffers(forward, named, self._record, shape, x, dtype),
+        )
+        return None if lease is None else lease.buffers
+
+    @property
+    def has_row(self) -> bool:
+        """Whether `replay_row` can be asked."""
+        return isinstance(self._leases.get("row"), Lease) and not self._is_off
+
+    def replay_row(self, variant: str) -> Any:
+        """The denoiser's output of the call in progress, and its row; None: run it eagerly."""
+        lease = self._leases.get("row")
+        return self._replayed(lease if isinstance(lease, Lease) else None, variant)
+
+    def replay(self, variant: str) -> Any:
+        """The denoiser's output of the call in progress; None: run it eagerly."""
+        forward, named = self._forward, self._named
+        if forward is None:
+            return None
+        lease = self._lease("call", (), lambda: DenoiserBuffers(forward, named, self._record))
+        # Copied: schedulers keep outputs, and the next replay overwrites this one.
+        return pytree.tree_map_only(Tensor, torch.clone, self._replayed(lease, variant))
+
+    def count_eager(self) -> None:
+        """A call that ran eagerly."""
+        self._cache.count(eager_calls=1)
+
+    def turn_off(self) -> None:
+        """For the rest of the run: what the graphs take for granted has changed."""
+        self._is_off = True
+
+    def release(self) -> None:
+        """Let other runs have the graphs."""
+        for lease in self._leases.values():
+            if isinstance(lease, Lease):
+                lease.release()
+        self._leases.clear()
+        self._forward, self._named = None, {}
+
+    def _replayed(self, lease: Lease | None, variant: str) -> Any:
+        if lease is None or self._is_off:
+            return None
+        lease.buffers.load(self._named)
+        return lease.replay(variant)
+
+    def _lease(self, name: str, more: Hashable, build: Callable[[], Any]) -> Lease | None:
+        """Graphs for this run, asked for once."""
+        if name not in self._leases and not self._is_off:
+            self._leases[name] = self._acquired(more, build)
+        lease = self._leases.get(name)
+        return lease if isinstance(lease, Lease) else None
+
+    def _acquired(self, more: Hashable, build: Callable[[], Any]) -> Lease | str:
+        reason = why_not_captured(self._module, own=HOOK_NAME)
+        if reason:
+            return self._cache.refuse(reason)
+        fingerprint = (module_fingerprint(self._module), self._pipe_state)
+        device = self._named[self._record.arguments[0]].device
+        return self._cache.acquire((self._signature, more), fingerprint, device, build)
