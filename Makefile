@@ -62,8 +62,8 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/bench_step_update.py --json $(BENCH_OUT)/step_update.json \
 	  --markdown $(BENCH_OUT)/step_update.md $(BENCH_ARGS)
 
-# Resumable: a part that is stored is skipped; GPU_ARGS=--again starts anew. One thread as for test;
-# on a GPU the host only launches.
+# Resumable: a part that is stored is skipped; GPU_ARGS=--again runs all anew. One thread as for
+# test; on a GPU the host only launches.
 gpu: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/gpu_suite.py $(if $(SMOKE),--smoke) $(GPU_ARGS)
 

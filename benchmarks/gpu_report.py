@@ -326,11 +326,14 @@ def _model_notes(found: Found, model: str) -> list[str]:
     curve, runs = part(found, f"{model}/curve"), part(found, f"{model}/runs")
     graphs = part(found, f"{model}/graphs")
     points = curve.get("points", [])
-    reasons: dict[str, list[str]] = {}
+    missing: dict[tuple[str, str], list[str]] = {}
     for point in points:
         if point["ms"] is None:
-            reasons.setdefault(point["reason"], []).append(f"{point['mode']} {point['batch']}")
-    said = [f"{model}, {', '.join(names)}: {reason}" for reason, names in reasons.items()]
+            missing.setdefault((point["reason"], point["mode"]), []).append(str(point["batch"]))
+    said = [
+        f"{model}, denoiser {mode}, batch {', '.join(batches)}: {reason}"
+        for (reason, mode), batches in missing.items()
+    ]
     said += [f"{model}, {r['way']}: {r['reason']}" for r in runs.get("rows", []) if r["reason"]]
     if runs and runs["steps"] != runs["full_steps"]:
         said.append(f"{model}: {runs['steps']} steps are timed of the usual {runs['full_steps']}")

@@ -131,13 +131,13 @@ def on_pipeline(backbone: Backbone) -> Way:
     pipe = thg_engine.compile(other.pipeline(), THG(nfe=NFE))
     plan = make_plan(backbone, THG(nfe=NFE), backbone.steps)
     both = sum(row.evaluates_both for row in plan.rows)
-    stats = getattr(pipe.thg, "stats", dict)
 
     def run(short: bool) -> Tensor:
         return other.run_pipeline(pipe, SHORT if short else backbone.steps)
 
     def graphs() -> dict[str, Any]:
-        return dict(stats().get("graphs") or {})
+        found: dict[str, Any] = pipe.thg.stats()["graphs"]
+        return found
 
     return Way(PIPELINE_THG, run, plan.num_rows, both, stats=graphs)
 

@@ -1,4 +1,4 @@
-"""The GPU suite: tests, sanitizer, kernels, c2 curves, whole runs and graphs, in under ten minutes.
+"""The GPU suite: tests, sanitizer, kernels, c2 curves, whole runs and graphs, laid out for ten minutes.
 
     make gpu                    # an H100 or another CUDA device, into benchmarks/results/
     make gpu SMOKE=1            # tiny models on any machine, into bench-out/
@@ -6,9 +6,9 @@
 Parts: ``tests``, ``sanitizer``, ``kernels`` (`gpu_checks`); per model ``curve`` (`gpu_curve`),
 ``runs`` (`gpu_runs`), ``graphs`` (`gpu_graphs`), in one process per model; ``cycles`` and
 ``cold_start`` (`gpu_graphs`). Each is stored when it is done; run again, the suite skips what is
-there and tries again what failed; --again starts anew. What cannot be measured is None and has a
-reason. Models have random weights (`gpu_models`), nothing is downloaded. The exit code is 1 if a
-part failed or found a fault.
+there and tries again what failed; --again runs all that is asked for anew. What cannot be measured
+is None and has a reason. Models have random weights (`gpu_models`), nothing is downloaded. The exit
+code is 1 if a part failed or found a fault.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ def jobs(options: argparse.Namespace) -> list[tuple[str, list[str]]]:
 def run_suite(store: Store, options: argparse.Namespace, console: Console) -> None:
     """All parts that are asked for and not there yet, each stored as it ends."""
     for model, parts in tqdm(jobs(options), unit="job", disable=not console.is_terminal):
-        wanted = [part for part in parts if not store.done(label(model, part))]
+        wanted = [p for p in parts if options.again or not store.done(label(model, p))]
         for part in wanted:
-            store.forget(label(model, part))  # a failure of an earlier run
+            store.forget(label(model, part))  # of an earlier run
         if wanted and model:
             run_worker(store, model, wanted, options)
         elif wanted:
@@ -121,7 +121,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--smoke", action="store_true", help="tiny models, on the CPU unless --device says else")
     add("--device", help="default: cuda; with --smoke cpu")
     add("--out", type=Path, metavar="FILE.json", help="the page is written beside it")
-    add("--again", action="store_true", help="start anew instead of going on")
+    add("--again", action="store_true", help="run what is asked for, stored or not")
     add("--models", nargs="+", choices=SPECS, default=list(SPECS), metavar="MODEL")
     every = [*FIRST, *PARTS, *LAST]
     add("--parts", nargs="+", choices=every, default=every, metavar="PART", help=", ".join(every))
@@ -141,8 +141,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not console.is_terminal:
         console = Console(width=140)  # a log has no width to fit into
     store = Store(options.out)
-    if options.again:
-        store.path.unlink(missing_ok=True)
     begin = time.perf_counter()
     store.update(machine=machine(), smoke=options.smoke, device=options.device)
     store.update(method=" ".join((__doc__ or "").split()))
