@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
@@ -174,6 +175,47 @@ def test_gpu_times_lie_between_events(monkeypatch):
     assert samples.median("gpu_s") == pytest.approx(0.04)
     assert samples.median("denoiser_s") == pytest.approx(0.03)
     assert (samples.calls, samples.mean("joules"), samples.peak_bytes) == (1, 80.0, 4096)
+
+
+class Capture:
+    """Stands for `torch.cuda.graph`: as there, an exception leaves the thread on its stream."""
+
+    def __init__(self, graph, **_):
+        pass
+
+    def __enter__(self):
+        torch.cuda.set_stream("capture")
+
+    def __exit__(self, kind, *_):
+        if kind is None:
+            torch.cuda.set_stream("default")
+
+
+def test_a_failed_capture_leaves_the_thread_on_its_stream(monkeypatch):
+    current = SimpleNamespace(stream="default")
+    fakes = {
+        "current_stream": lambda: current.stream,
+        "set_stream": lambda stream: setattr(current, "stream", stream),
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda: None,
+        "CUDAGraph": lambda: "graph",
+        "graph": Capture,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    seen = []
+
+    def call():
+        seen.append(current.stream)
+        if broken and len(seen) % 2 == 0:
+            raise RuntimeError("not permitted when stream is capturing")
+
+    for broken in (False, True):
+        own = SimpleNamespace(wait_stream=lambda stream: None)
+        with pytest.raises(RuntimeError) if broken else contextlib.nullcontext():
+            assert timing.capture(call, own, None) == "graph"
+        assert current.stream == "default"
+    assert seen == ["default", "capture"] * 2
 
 
 def test_watch_leaves_no_hooks_behind():

@@ -66,7 +66,7 @@ def compile(
     denoiser: str | None = None,
     attention: str | None = None,
 ) -> Any:
-    """Accelerate a diffusers pipeline in place.
+    """Accelerate a diffusers pipeline in place; the same object gains ``pipe.thg``.
 
     Args:
         pipe: a diffusers pipeline with classifier-free guidance. One that no adapter describes runs
@@ -78,31 +78,32 @@ def compile(
         nfe: evaluation budget per sample: a count (int) or a share of full guidance (float).
         fused: whether ``scheduler.step`` becomes one fused launch where the scheduler is linear;
             equal to its own step but for rounding. None: yes, unless the plan always evaluates both
-            branches, which then stays bit-identical to the plain pipeline.
+            branches: it stays bit-identical.
         graph: whether denoiser calls are replays of captured CUDA graphs, with the fused step in
             them. None: where that is faster; True: wherever it is possible.
         denoiser: "compile" compiles the repeated blocks of the denoiser with torch.compile.
         attention: "sdpa", "xformers" or "native" (plain matrix products); None leaves it.
-
-    Returns:
-        The same object; ``pipe.thg`` has ``report()``, ``plan``, ``stats()``.
 
     Raises:
         InvalidArgument: an argument makes no sense; names it, its value and the remedy. The
             pipeline is then unchanged.
         CalibrationError: the calibration cannot be read or is of another architecture.
     """
-    if isinstance(pipe, type) or not hasattr(pipe, "components") or not callable(pipe):
-        remedy = "give a loaded pipeline, e.g. StableDiffusionPipeline.from_pretrained(...)."
-        raise InvalidArgument("pipe", getattr(pipe, "__name__", type(pipe).__name__), remedy)
-    if not (fused is None or isinstance(fused, bool)):
-        raise InvalidArgument("fused", fused, "give True, False or None.")
-    if not (graph is None or isinstance(graph, bool)):
-        raise InvalidArgument("graph", graph, "give True, False or None.")
+    _check(pipe, fused=fused, graph=graph)
     check_tuning(denoiser, attention)
     curves = load_calibration(calibration)
     settings = Settings(guidance, curves, nfe, fused, graph, denoiser, attention)
     return compile_with(pipe, settings)
+
+
+def _check(pipe: Any, **switches: bool | None) -> None:
+    """Refuse what is no pipeline and no switch."""
+    if isinstance(pipe, type) or not hasattr(pipe, "components") or not callable(pipe):
+        remedy = "give a loaded pipeline, e.g. StableDiffusionPipeline.from_pretrained(...)."
+        raise InvalidArgument("pipe", getattr(pipe, "__name__", type(pipe).__name__), remedy)
+    for name, value in switches.items():
+        if not (value is None or isinstance(value, bool)):
+            raise InvalidArgument(name, value, "give True, False or None.")
 
 
 def compile_with(pipe: Any, settings: Settings) -> Any:

@@ -175,15 +175,20 @@ class FusedStep:
             branches = BranchRows.cond_only(self.state.batch)
             if self.guides:
                 kept = self._hand_over(source)
-        following = torch.empty_like(sample, dtype=self.dtype)
-        noise = self._drawn(values.dtype)
-        step_update(
-            self.state, values, branches, noise=noise, sample=following, backend=self.backend
-        )
+        following = self._launched(values, branches)
         self._note_writes(row)
         if source is not None:
             self._keep(source, *kept)
         self._remember(following)
+        return following
+
+    def _launched(self, values: Tensor, branches: BranchRows) -> Tensor:
+        """The sample that the next row makes."""
+        following = torch.empty_like(self._last, dtype=self.dtype)
+        noise = self._drawn(values.dtype)
+        step_update(
+            self.state, values, branches, noise=noise, sample=following, backend=self.backend
+        )
         return following
 
     def foresee(self, guidance: GuidanceRow, scale: float) -> None:
