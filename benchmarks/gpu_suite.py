@@ -1,4 +1,4 @@
-"""The GPU suite: tests, sanitizer, kernels, c2 curves, whole runs and graphs, laid out for ten minutes.
+"""The GPU suite: tests, sanitizer, kernels, c2 curves, whole runs, graphs; for ten minutes.
 
     make gpu                    # an H100 or another CUDA device, into benchmarks/results/
     make gpu SMOKE=1            # tiny models on any machine, into bench-out/
