@@ -27,7 +27,7 @@ PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt \
 venv: $(STAMP)
 
 # torch first: the C++ of the package is built against its headers.
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt CMakeLists.txt $(wildcard csrc/*.*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
 	  || { echo "error: $(PYTHON) is older than 3.10; set PYTHON=python3.x" >&2; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' \

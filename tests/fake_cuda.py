@@ -181,7 +181,7 @@ class FakeCuda:
         return True
 
     def is_current_stream_capturing(self) -> bool:
-        return self.capturing is not None
+        return self.capturing is not None and self.capturing.stream is self.current_stream()
 
     def Stream(self, device: Any = None) -> FakeStream:  # noqa: N802
         self.streams.append(FakeStream(f"stream {len(self.streams)}"))
@@ -217,7 +217,7 @@ class FakeCuda:
 
     def synchronize(self, device: Any = None) -> None:
         self.happens("synchronize")
-        if self.capturing is not None:
+        if self.is_current_stream_capturing():
             raise FakeCudaError("synchronize while capturing")
 
     def empty_cache(self) -> None:

@@ -255,14 +255,8 @@ class Engine:
         if self.graph is False:
             return "graphs are turned off"
         backend, table = self._backend_for(x_T), step_table(plan)
-        shape = Shape(
-            self.model_dtype or x_T.dtype,
-            self.register_dtype,
-            backend,
-            table.num_rows,
-            table.num_slots,
-            any(row.evaluates_both for row in plan.rows),
-        )
+        both, model_dtype = any(row.evaluates_both for row in plan.rows), self.model_dtype
+        shape = Shape.of(table, model_dtype or x_T.dtype, self.register_dtype, backend, both)
         shape = shape.roomy(x_T.shape[0], x_T[0].numel())
         if not shape.evaluates_both:
             uncond = None

@@ -25,6 +25,8 @@ ROOM = 64 * 2**20
 """Bytes of registers that every shape may take, so that a change of solver needs no capture."""
 COMMON_SLOTS = 10  # no scheduler of diffusers asks for more, whatever the guidance
 COMMON_ROWS = 128
+COMMON_USES = Uses(sum(Uses)) & ~Uses.CHANGE
+"""Changes of the conditional output take twice the registers of a thread, for few plans."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Shape:
         backend: of the fused step.
         num_rows, num_slots: of the table.
         evaluates_both: whether any row evaluates both branches.
+        uses: what the kernel is to be able to do.
     """
 
     model_dtype: torch.dtype
@@ -44,6 +47,20 @@ class Shape:
     num_rows: int
     num_slots: int
     evaluates_both: bool
+    uses: Uses
+
+    @classmethod
+    def of(
+        cls,
+        table: StepTable,
+        model_dtype: torch.dtype,
+        register_dtype: torch.dtype,
+        backend: str,
+        evaluates_both: bool,
+    ) -> Shape:
+        """The shape of runs of one table."""
+        size = (table.num_rows, table.num_slots)
+        return cls(model_dtype, register_dtype, backend, *size, evaluates_both, table.uses)
 
     def roomy(self, batch: int, numel: int) -> Shape:
         """The same with room for longer runs and other solvers."""
@@ -55,6 +72,7 @@ class Shape:
             max(COMMON_ROWS, 2 ** math.ceil(math.log2(self.num_rows))),
             max(self.num_slots, min(COMMON_SLOTS, room)),
             self.evaluates_both,
+            self.uses | COMMON_USES,
         )
 
 
@@ -88,7 +106,7 @@ class StepBuffers:
             register_dtype=shape.register_dtype,
             inputs=BranchRows.both(x.shape[0]),
         )
-        self.state.uses = Uses(sum(Uses))  # whatever the tables to come do
+        self.state.uses = shape.uses  # of the tables to come
         sample = self.state.samples()
         self._noises = [torch.zeros_like(sample) for _ in range(max(1, len(self.pattern)))]
         self.both: Conditioning = None

@@ -82,9 +82,8 @@ class FusedStep:
         self.backend = choose_backend(x.device, wide)
         self._buffers: RowBuffers | None = None
         if graphs is not None and guides and self.backend != "reference":
-            shape = Shape(
-                model_dtype, registers, self.backend, table.num_rows, table.num_slots, True
-            ).roomy(x.shape[0], x[0].numel())
+            shape = Shape.of(table, model_dtype, registers, self.backend, evaluates_both=True)
+            shape = shape.roomy(x.shape[0], x[0].numel())
             self._buffers = graphs.start_row(shape, x, self.dtype)
         if self._buffers is None:
             self.state = StepState(table, x, model_dtype=model_dtype, register_dtype=registers)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from thg_kernels.step_update import BranchRows, StepState, StepTable, Uses, blank_rows, launch
+from thg_kernels.step_update import BranchRows, StepState, StepTable, blank_rows, launch
 
 from ...fingerprint import module_fingerprint, why_not_captured
 from ...graph_cache import GraphCache, Lease
@@ -98,7 +98,7 @@ class RowBuffers(DenoiserBuffers):
         self.state = StepState(
             blank, x, model_dtype=shape.model_dtype, register_dtype=shape.register_dtype
         )
-        self.state.uses = Uses(sum(Uses))
+        self.state.uses = shape.uses
         self.backup = torch.zeros_like(self.state.registers)
         self.noise = torch.zeros_like(self.state.samples())
         self.following = torch.zeros_like(self.noise, dtype=dtype)
