@@ -43,8 +43,18 @@ class FakeStream:
     def wait_stream(self, other: FakeStream) -> None:
         self.waits.append(other.name)
 
+    def wait_event(self, event: FakeEvent) -> None:
+        self.waits.append(f"event on {event.stream.name}")
+
     def synchronize(self) -> None:
         pass
+
+
+class FakeEvent:
+    """Marks a place in a stream."""
+
+    def record(self, stream: FakeStream) -> None:
+        self.stream = stream
 
 
 class _Recorder(TorchDispatchMode):
@@ -187,6 +197,9 @@ class FakeCuda:
         self.streams.append(FakeStream(f"stream {len(self.streams)}"))
         return self.streams[-1]
 
+    def Event(self) -> FakeEvent:  # noqa: N802
+        return FakeEvent()
+
     def CUDAGraph(self) -> FakeGraph:  # noqa: N802
         return FakeGraph(self)
 
@@ -236,6 +249,9 @@ class OnFakeCuda:
     """Makes tensors of the CPU pass for those of a device: `GraphCache` asks ``device.type``."""
 
     type = "cuda"
+
+    def __str__(self) -> str:
+        return "cuda:fake"
 
 
 def on_fake_cuda(engine: Any, cuda: FakeCuda) -> Any:

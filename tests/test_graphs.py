@@ -228,7 +228,31 @@ def test_a_set_has_a_stream_and_a_pool_of_its_own_and_goes_as_a_whole():
     assert cuda.memory_reserved() == 0
     args = inputs(5)
     assert_same(engine.sample(*args, plan()), eager(network, args, plan()))
-    assert len({graph.pool for graph in cuda.graphs}) == 3, "a new pool, a new stream"
+    assert len({graph.pool for graph in cuda.graphs}) == 3, "a new pool"
+
+
+def test_streams_are_used_again_and_those_of_broken_captures_are_not():
+    """torch has 32 of them and then hands them out a second time, to live graphs too."""
+    cuda = FakeCuda()
+    engine, *_ = make_engine(cuda=cuda)
+    for _ in range(40):
+        assert engine.warm_up(*inputs(), plan()) == ""
+        engine.flush()
+    assert len(cuda.streams) == 1
+    cuda.fail["capture_end", cuda.counts["capture_end"] + 1] = FakeCudaError("injected")
+    assert "injected" in engine.warm_up(*inputs(), plan())
+    engine.flush()
+    assert engine.warm_up(*inputs(), plan()) == "" and len(cuda.streams) == 2
+
+
+def test_a_run_on_another_stream_waits_for_the_last_one():
+    cuda = FakeCuda()
+    engine, *_ = make_engine(cuda=cuda)
+    engine.sample(*inputs(), plan())
+    other = cuda.Stream()
+    with cuda.stream(other):
+        engine.sample(*inputs(), plan())
+    assert other.waits == ["event on default"]
 
 
 def test_the_larger_graph_is_captured_first():

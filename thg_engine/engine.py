@@ -229,7 +229,8 @@ class Engine:
             found.buffers.load(step_table(plan), x_T, cond, uncond)
             state = found.buffers.state
             run = Run(plan, state, cond, uncond, generator, lease=found)
-            weakref.finalize(run, found.release)  # an abandoned run must not keep them
+            # An abandoned run must not keep them.
+            weakref.finalize(run, found.release).atexit = False
         else:
             state = StepState(
                 step_table(plan),

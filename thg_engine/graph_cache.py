@@ -55,6 +55,8 @@ class _Entry:
     reason: str = ""
     is_leased: bool = False
     is_stale: bool = False
+    done: Any = None
+    """Event behind the last run, which may have been on another stream."""
 
 
 class Lease:
@@ -64,8 +66,8 @@ class Lease:
         buffers: what ``build`` made.
     """
 
-    def __init__(self, cache: GraphCache, entry: _Entry) -> None:
-        self._cache, self._entry = cache, entry
+    def __init__(self, cache: GraphCache, entry: _Entry, stream: Any) -> None:
+        self._cache, self._entry, self._stream = cache, entry, stream
         self.buffers = entry.buffers
 
     def replay(self, name: str) -> Any:
@@ -80,7 +82,7 @@ class Lease:
         """Let the next run have them; a second time does nothing."""
         if self._entry.is_leased and self.buffers is not None:
             self.buffers = None
-            self._cache._release(self._entry)
+            self._cache._release(self._entry, self._stream)
 
 
 class GraphCache:
@@ -104,7 +106,7 @@ class GraphCache:
         self.stats = GraphStats()
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._fingerprint: Hashable = None
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may release a lease while it is held
         self._warned = False
 
     def acquire(
@@ -134,7 +136,10 @@ class GraphCache:
             if found.reason:
                 self._release(found)
                 return self.refuse(found.reason)
-        return Lease(self, found)
+        stream = self.cuda.current_stream(device)
+        if found.done is not None:
+            stream.wait_event(found.done)
+        return Lease(self, found, stream)
 
     def refuse(self, reason: str) -> str:
         """Count a run without graphs; returns the reason."""
@@ -261,9 +266,12 @@ class GraphCache:
             for signature in [s for s, other in self._entries.items() if other is entry]:
                 del self._entries[signature]
 
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: _Entry, stream: Any = None) -> None:
         with self._lock:
             entry.is_leased = False
+            if stream is not None:
+                entry.done = self.cuda.Event()
+                entry.done.record(stream)
             if entry.is_stale:
                 self._drop(entry)
 

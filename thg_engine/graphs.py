@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from statistics import median
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -33,10 +34,13 @@ Step = Callable[[], Any]
 """One step on static buffers: reads and writes nothing else, asks the device nothing."""
 
 WARM_UPS = 2  # kernels load, autotuners choose and lazy buffers appear on the first call
-TRIALS = 5  # calls per measurement of eager against graphed
+TRIALS = 5  # calls per measurement of eager against graphed, fewer of
+TRIAL_SECONDS = 1.0  # steps that take long
 HEADROOM = 1.2  # of the memory that a capture must find free
 
 _capture_lock = threading.RLock()
+_streams: WeakKeyDictionary[Any, dict[str, list[Any]]] = WeakKeyDictionary()
+"""Streams of closed sets. torch hands out 32 of them in turns: the 33rd would not be our own."""
 
 
 class NotCaptured(ThgError):
@@ -57,7 +61,8 @@ class GraphSet:
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self.device, self.cuda = device, cuda
-        self.stream = cuda.Stream(device)
+        self._free = _streams.setdefault(cuda, {}).setdefault(str(device), [])
+        self.stream = self._free.pop() if self._free else cuda.Stream(device)
         self.pool = cuda.graph_pool_handle()
         self.pool_bytes = 0
         self.ms: dict[str, tuple[float, float]] = {}
@@ -80,6 +85,7 @@ class GraphSet:
                 finally:
                     self.pool_bytes = self.cuda.memory_reserved(self.device) - before
         except BaseException as error:
+            self.stream = None  # a broken capture may stick to it
             self.close()
             if not isinstance(error, Exception):
                 raise
@@ -99,6 +105,8 @@ class GraphSet:
             for _ in range(TRIALS):
                 times[0].append(self._timed(step))
                 times[1].append(self._timed(self._graphs[name].replay))
+                if sum(map(sum, times)) > 1e3 * TRIAL_SECONDS:
+                    break
             self.ms[name] = median(times[0]), median(times[1])
 
     def close(self) -> None:
@@ -108,6 +116,8 @@ class GraphSet:
             graph.reset()
         self._graphs.clear()
         self._results.clear()
+        if self.stream is not None:
+            self._free.append(self.stream)
         self.stream = self.pool = None
 
     def _warm_up(self, steps: Mapping[str, Step]) -> None:
@@ -134,6 +144,8 @@ class GraphSet:
         """A graph of ``step`` and its result; the thread is on its old stream afterwards."""
         graph = self.cuda.CUDAGraph()
         before = self.cuda.current_stream(self.device)
+        collects = gc.isenabled()
+        gc.disable()  # a finalizer that waits for the device would break the capture
         try:
             self.cuda.set_stream(self.stream)
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
@@ -146,6 +158,8 @@ class GraphSet:
             graph.capture_end()
         finally:
             self.cuda.set_stream(before)
+            if collects:
+                gc.enable()
         return graph, result
 
     def _timed(self, step: Step) -> float:

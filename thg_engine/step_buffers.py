@@ -107,6 +107,7 @@ class StepBuffers:
             inputs=BranchRows.both(x.shape[0]),
         )
         self.state.uses = shape.uses  # of the tables to come
+        self._cond_rows = BranchRows.cond_only(x.shape[0])  # kept: graphs read its tensor
         sample = self.state.samples()
         self._noises = [torch.zeros_like(sample) for _ in range(max(1, len(self.pattern)))]
         self.both: Conditioning = None
@@ -146,7 +147,7 @@ class StepBuffers:
         if state.inputs is None or state.model_input is None or state.timestep is None:
             raise RuntimeError("a state without model input.")  # made with one above
         first = 0 if both else state.batch
-        outputs = state.inputs if both else BranchRows.cond_only(state.batch)
+        outputs = state.inputs if both else self._cond_rows
         conditioning = self.both if both else self.cond
         output = self.denoiser(state.model_input[first:], state.timestep[first:], conditioning)
         noise = self._noises[row if self.pattern else 0]
