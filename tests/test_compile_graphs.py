@@ -206,6 +206,62 @@ def test_an_adapter_turned_in_the_middle_ends_the_replays():
     assert graph_stats(pipe)["replays"] == before + 3
 
 
+def test_scale_of_an_ip_adapter_is_looked_at():
+    """Its processors are modules that keep the scale as a number, which a capture bakes in."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self, inner, scale):
+            super().__init__()
+            self.inner, self.scale = inner, [scale]
+
+        def __call__(self, *args, **kwargs):
+            return self.scale[0] * self.inner(*args, **kwargs)
+
+    def put(pipe, scale):
+        processors = {k: Scaled(p, scale) for k, p in pipe.unet.attn_processors.items()}
+        pipe.unet.set_attn_processor(processors)
+
+    pipe, twin = graphed(), thg_engine.compile(tiny(), HELD, graph=False)
+    for each in (pipe, twin):
+        put(each, 1.0)
+    before = call(pipe)
+    for each in (pipe, twin):
+        for part in each.unet.modules():
+            if isinstance(part, Scaled):
+                part.scale[0] = 0.5
+    found = call(pipe)
+    assert torch.equal(found, call(twin)) and not torch.equal(found, before)
+    assert graph_stats(pipe)["captures"] == 4
+
+
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler", "KDPM2DiscreteScheduler"])
+def test_schedulers_that_call_twice_per_step(name):
+    pipe = graphed(scheduler=make(name))
+    assert torch.equal(call(pipe), eager(scheduler=make(name)))
+    assert graph_stats(pipe)["replays"] == pipe.thg.stats()["last_rows"] - 1
+
+
+def test_inference_mode_and_no_grad_give_the_same():
+    pipe = graphed()
+    expected = eager()
+    for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(call(pipe).clone(), expected)
+    assert graph_stats(pipe)["captures"] == 2
+
+
+def test_a_timestep_on_the_host_moves_to_the_device():
+    """A capture would freeze its value."""
+    from thg_engine.integrations.diffusers.adapters import RECORDS
+    from thg_engine.integrations.diffusers.graphed import DenoiserBuffers
+
+    sample = torch.empty(2, 4, 8, 8, device="meta")
+    named = {"sample": sample, "timestep": torch.tensor(7), "return_dict": False}
+    buffers = DenoiserBuffers(lambda **kwargs: None, named, RECORDS["StableDiffusionPipeline"])
+    assert {v.device.type for v in buffers.named.values() if v is not False} == {"meta"}
+    assert set(buffers.steps()) == {"both", "cond"}
+
+
 def test_hooks_and_offloading_get_no_graphs():
     pipe = graphed()
     handle = pipe.unet.mid_block.register_forward_hook(lambda *args: None)
