@@ -44,7 +44,7 @@ class Zoo:
         needs: diffusers classes without which the entry is skipped.
         slow: whether the test of the entry takes more than ten seconds.
         pattern: of the network's calls: "concat" ([uncond, cond]), "concat-reversed",
-            "calls" (one per branch), "three" branches, or "none".
+            "calls" (one per branch), "three" branches, "skip-layer", or "none".
     """
 
     cls: str
@@ -65,8 +65,9 @@ class Zoo:
 
     @property
     def missing(self) -> list[str]:
-        """Classes that the installed diffusers lacks."""
-        return [name for name in (self.cls, *self.needs) if not hasattr(diffusers, name)]
+        """Classes that the installed diffusers lacks, or that lack a library of their own."""
+        found = {name: getattr(diffusers, name, None) for name in (self.cls, *self.needs)}
+        return [name for name, cls in found.items() if cls is None or "dummy" in cls.__module__]
 
 
 def zoo(cls: str, denoiser: str, **options) -> Callable:
@@ -153,7 +154,7 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def words(length: int = TOKENS, side: str = "right", eos: bool = True, **specials):
+def words(length: int = TOKENS, side: str = "right", eos: bool = True, kind=None, **specials):
     """A fast tokenizer of whole words; it ends with </s>, and has a chat template."""
     pieces = ["<pad>", "</s>", "<unk>", "<s>", *WORDS, *specials.values()]
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(pieces)}, unk_token="<unk>"))
@@ -163,7 +164,7 @@ def words(length: int = TOKENS, side: str = "right", eos: bool = True, **special
         inner.post_processor = processors.TemplateProcessing(
             single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
         )
-    made = transformers.PreTrainedTokenizerFast(
+    made = (kind or transformers.PreTrainedTokenizerFast)(
         tokenizer_object=inner,
         pad_token="<pad>",
         eos_token="</s>",
