@@ -230,10 +230,12 @@ class FakeCuda:
 
     def synchronize(self, device: Any = None) -> None:
         self.happens("synchronize")
-        if self.is_current_stream_capturing():
+        if self.capturing is not None:  # in whichever thread
             raise FakeCudaError("synchronize while capturing")
 
     def empty_cache(self) -> None:
+        if self.capturing is not None:
+            raise FakeCudaError("empty_cache while capturing")
         self._cached = 0
         held = {graph.pool for graph in self.graphs if graph._operators is not None}
         self._reserved = {pool: n for pool, n in self._reserved.items() if pool in held}

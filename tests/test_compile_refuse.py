@@ -215,7 +215,7 @@ def test_report_before_and_after_a_call():
     pipe = thg_engine.compile(tiny())
     report = pipe.thg.report()
     assert "conservative default grid" in report and "no call yet" in report
-    assert "fused step: on where" in report and "graphs: off" in report
+    assert "fused step: on where" in report and "graphs: none" in report
     preview = pipe.thg.plan
     assert (preview.num_rows, preview.nfe) == (50, 80)
     call(pipe)

@@ -10,6 +10,7 @@ import gc
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,6 +18,7 @@ from fake_cuda import FakeCuda, FakeCudaError, on_fake_cuda
 from mixture import vp_points
 from thg_engine import CFG, THG, CFGCache, Engine
 from thg_engine.errors import InvalidArgument, ThgError
+from thg_engine.fingerprint import module_fingerprint
 from thg_engine.graphs import WARM_UPS
 from thg_engine.lowering import plan_from_solver, plan_from_table
 from thg_engine.solvers import SOLVERS
@@ -33,10 +35,8 @@ class Network(torch.nn.Module):
         super().__init__()
         torch.manual_seed(seed)
         self.mix = torch.nn.Linear(WIDTH, SHAPE[0])
-        self.calls = 0
 
     def forward(self, x, timestep, conditioning):
-        self.calls += 1
         shift = self.mix(conditioning["text"])[:, :, None, None]
         time = timestep[:, None, None, None] / 1000
         return torch.tanh(0.7 * x + shift) + 0.3 * torch.sin(x * time)
@@ -432,6 +432,101 @@ def test_modes_and_global_settings_flush(change):
     assert engine.stats()["captures"] == 4
 
 
+@pytest.mark.parametrize("how", ["attribute", "forward", "class"])
+def test_python_of_the_network_is_looked_at(how):
+    """FreeU sets attributes, ToMe and others put a forward or a class in place."""
+
+    class Other(torch.nn.Linear):
+        def forward(self, x):
+            return 0.5 * super().forward(x)
+
+    class Scaled(Network):
+        strength = 1.0
+
+        def forward(self, *args):
+            return self.strength * super().forward(*args)
+
+    engine, network, _ = make_engine(network=Scaled())
+    args = inputs()
+    before = engine.sample(*args, plan())
+    if how == "attribute":
+        network.strength = 0.5
+    elif how == "forward":
+        forward = network.mix.forward
+        network.mix.forward = lambda x: 0.5 * forward(x)
+    else:
+        network.mix.__class__ = Other
+    found = engine.sample(*args, plan())
+    assert_same(found, eager(network, args, plan()))
+    assert not torch.equal(found, before) and engine.stats()["captures"] == 4
+
+
+def test_a_network_that_changes_with_every_call_gets_no_graphs():
+    class Counts(Network):
+        number = 0
+
+        def forward(self, *args):
+            self.number += 1
+            return super().forward(*args)
+
+    engine, network, _ = make_engine(network=Counts())
+    for _ in range(8):
+        args = inputs()
+        assert_same(engine.sample(*args, plan()), eager(network, args, plan()))
+    (reason,) = engine.stats()["refusals"]
+    assert reason == "the network has been another one in each of the last calls"
+    assert engine.stats()["captures"] <= 8
+
+
+def test_weights_inside_of_tensor_subclasses_are_looked_at():
+    from torch.testing._internal.two_tensor import TwoTensor
+
+    network = Network()
+    weight = network.mix.weight.detach()
+    network.mix.weight = torch.nn.Parameter(TwoTensor(weight, weight.clone()))
+    first = module_fingerprint(network)
+    assert module_fingerprint(network) == first
+    network.mix.weight = torch.nn.Parameter(TwoTensor(weight.clone(), weight.clone()))
+    assert module_fingerprint(network) != first
+
+
+def test_settings_that_refuse_to_be_read_break_nothing():
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    engine, network, _ = make_engine()
+    try:
+        conv.fp32_precision = "ieee"
+        args = inputs()
+        assert_same(engine.sample(*args, plan()), eager(network, args, plan()))
+    finally:
+        conv.fp32_precision = before
+
+
+def test_values_that_may_change_unseen_get_no_graphs():
+    class Scaled(Network):
+        def forward(self, x, timestep, conditioning):
+            return float(conditioning["scale"][0]) * super().forward(x, timestep, conditioning)
+
+    engine, network, _ = make_engine(network=Scaled())
+    x, cond, uncond = inputs()
+    scale = np.ones(1)
+    args = (x, {**cond, "scale": scale}, {**uncond, "scale": scale})
+    for value in (1.0, 0.5):
+        scale[0] = value
+        assert_same(engine.sample(*args, plan()), eager(network, args, plan()))
+    assert engine.stats()["captures"] == 0 and len(engine.stats()["refusals"]) == 1
+
+
+def test_autocast_of_one_thread_leaves_the_graphs_of_others():
+    engine, *_ = make_engine()
+    args = inputs()
+    for _ in range(2):
+        engine.sample(*args, plan())
+        with torch.autocast("cpu", torch.bfloat16):
+            engine.sample(*args, plan())
+    assert engine.stats()["captures"] == 4
+
+
 def test_a_function_names_the_network_to_watch():
     network = Network()
     engine = Engine(lambda x, t, c: network(x, t, c), graph=True, watch=network)
@@ -627,6 +722,79 @@ def test_a_flush_during_a_run_waits_for_its_end():
 def test_graph_is_one_of_four(graph):
     with pytest.raises(InvalidArgument, match="graph="):
         Engine(Network(), graph=graph)
+
+
+def test_a_released_run_leaves_the_buffers_to_the_next():
+    engine, network, _ = make_engine()
+    args, other = inputs(0), inputs(1)
+    released = engine.begin(*args, plan())
+    engine.step(released)
+    released.release()
+    kept = released.sample.clone()
+    run = engine.begin(*other, plan())
+    with pytest.raises(ThgError, match="released"):
+        engine.step(released)
+    while not run.done:
+        engine.step(run)
+    assert_same(engine.result(run), eager(network, other, plan()))
+    assert_same(released.sample, kept)
+
+
+def test_arguments_that_cannot_be_loaded_give_the_graphs_back(monkeypatch):
+    from thg_engine.step_buffers import StepBuffers
+
+    engine, network, _ = make_engine()
+    args = inputs()
+    engine.sample(*args, plan())
+
+    def fails(self, *args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepBuffers, "load", fails)
+        with pytest.raises(KeyboardInterrupt):
+            engine.sample(*args, plan())
+    assert_same(engine.sample(*args, plan()), eager(network, args, plan()))
+    assert not engine.stats()["refusals"]
+
+
+def test_a_row_that_is_tried_again_has_the_noise_of_the_first_try():
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    cuda = FakeCuda()
+    engine, *_ = make_engine(cuda=cuda)
+    the_plan = plan_from_table(trace(EulerAncestralDiscreteScheduler(), 5), CFG(), 3.0)
+    args = inputs()
+    expected = engine.sample(*args, the_plan, generator=torch.Generator().manual_seed(5))
+    run = engine.begin(*args, the_plan, generator=torch.Generator().manual_seed(5))
+    cuda.fail["replay", cuda.counts["replay"] + 3] = FakeCudaError("injected")
+    while not run.done:
+        try:
+            engine.step(run)
+        except FakeCudaError:
+            continue
+    assert_same(engine.result(run), expected)
+
+
+def test_a_flush_beside_a_capture_waits_for_it():
+    """A wait for the device while another thread captures fails and breaks the capture."""
+    cuda, results = FakeCuda(), []
+    first, second = (make_engine(network=Network(k), cuda=cuda, graph=None)[0] for k in (0, 1))
+    first.warm_up(*inputs(), plan())
+    inside = threading.Event()
+
+    def record():
+        inside.set()
+        threading.Event().wait(0.002)
+
+    cuda.on["record"] = record
+    thread = threading.Thread(target=lambda: results.append(second.warm_up(*inputs(), plan())))
+    thread.start()
+    inside.wait()
+    first.flush()
+    thread.join()
+    assert results[0] == "" or results[0].startswith("eager calls are faster")
+    assert cuda.resets >= 2
 
 
 def test_a_released_run_cannot_be_stepped_on_its_graphs():

@@ -30,7 +30,7 @@ from thg_kernels.step_update.state import MODEL_DTYPES
 
 from .checks import check_generator, check_inputs
 from .errors import InvalidArgument, ThgError
-from .fingerprint import module_fingerprint, why_not_captured
+from .fingerprint import autocast, module_fingerprint, why_not_captured
 from .graph_cache import GraphCache, Lease
 from .packing import step_table
 from .plan import SamplingPlan
@@ -226,11 +226,15 @@ class Engine:
         self._check(x_T, cond, uncond, plan, generator)
         found = self._acquire(x_T, cond, uncond, plan, whole)
         if isinstance(found, Lease):
-            found.buffers.load(step_table(plan), x_T, cond, uncond)
             state = found.buffers.state
             run = Run(plan, state, cond, uncond, generator, lease=found)
             # An abandoned run must not keep them.
-            weakref.finalize(run, found.release).atexit = False
+            weakref.finalize(run, found.abandon).atexit = False
+            try:
+                found.buffers.load(step_table(plan), x_T, cond, uncond)
+            except BaseException:
+                found.release()
+                raise
         else:
             state = StepState(
                 step_table(plan),
@@ -258,13 +262,15 @@ class Engine:
         backend, table = self._backend_for(x_T), step_table(plan)
         both, model_dtype = any(row.evaluates_both for row in plan.rows), self.model_dtype
         shape = Shape.of(table, model_dtype or x_T.dtype, self.register_dtype, backend, both)
-        shape = shape.roomy(x_T.shape[0], x_T[0].numel())
+        shape = shape.roomy(x_T.numel())
         if not shape.evaluates_both:
             uncond = None
         pattern = [(row.evaluates_both, row.noise_weight != 0.0) for row in plan.rows]
         pattern = pattern if whole else []
-        signature = signature_of((x_T, cond, uncond, shape, tuple(pattern)))
+        signature = signature_of((x_T, cond, uncond, shape, tuple(pattern), autocast()))
         reason = why_not_captured(self._watch)
+        if signature is None:
+            reason = "the conditioning holds what is neither tensor nor value"
         if backend == "reference" or reason:
             return self._graphs.refuse(reason or "the reference backend asks the device")
         return self._graphs.acquire(
@@ -283,6 +289,8 @@ class Engine:
         """
         if run.done:
             raise ThgError("the run is over: begin a new one.")
+        if run.is_released:
+            raise ThgError("the run has been released: begin a new one.")
         row, state = run.plan.rows[run.row], run.state
         if state.registers._version != run._version:
             state.refresh_input()  # a callback has edited the sample
@@ -292,7 +300,7 @@ class Engine:
             state.advance(range(state.batch))
         else:
             output, outputs = self._evaluate_row(run, row.evaluates_both)
-            noise = run.noise() if row.noise_weight != 0.0 else None
+            noise = run.noise(run.row) if row.noise_weight != 0.0 else None
             step_update(state, output, outputs, noise=noise, backend=self.backend)
             self._graphs.count(eager_calls=int(self.graph is not False))
         run._version = state.registers._version
@@ -316,7 +324,7 @@ class Engine:
     def _draw_into(self, run: Run, row: int) -> None:
         """Noise of a row, where its graph reads it."""
         if run.lease is not None and run.plan.rows[row].noise_weight != 0.0:
-            run.lease.buffers.set_noise(run.noise(), row)
+            run.lease.buffers.set_noise(run.noise(row), row)
 
     def _evaluate_row(self, run: Run, both: bool) -> tuple[Tensor, BranchRows]:
         """The denoiser's rows for the next step, and which is which."""

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from .errors import ThgError
-from .graphs import GraphSet, NotCaptured, failure
+from .graphs import CAPTURE_LOCK, GraphSet, NotCaptured, failure
 
 KILL_SWITCHES = ("THG_DISABLE", "THG_DISABLE_GRAPHS")
+MOST_CHANGES = 4  # of the network, in calls in a row
 MAX_REASONS = 64  # shapes without graphs whose reason is remembered
 
 
@@ -75,11 +76,17 @@ class Lease:
         if self._entry.graphs is None:
             raise ThgError("the graphs of this run have been released.")
         result = self._entry.graphs.replay(name)
+        self._stream = self._cache.cuda.current_stream(self._entry.graphs.device)
         self._cache.count(replays=1)
         return result
 
     def release(self) -> None:
         """Let the next run have them; a second time does nothing."""
+        self.abandon()
+        self._cache._close_dropped()
+
+    def abandon(self) -> None:
+        """The same for a finalizer, which may run anywhere: waits for nothing."""
         if self._entry.is_leased and self.buffers is not None:
             self.buffers = None
             self._cache._release(self._entry, self._stream)
@@ -104,8 +111,12 @@ class GraphCache:
     ) -> None:
         self.limit, self.choose, self.captures_late, self.cuda = limit, choose, captures_late, cuda
         self.stats = GraphStats()
+        self.notes: set[Hashable] = set()
+        """Signatures that the owner wants to remember something of."""
         self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
         self._fingerprint: Hashable = None
+        self._changes = 0
+        self._dropped: list[GraphSet] = []
         self._lock = threading.RLock()  # a finalizer may release a lease while it is held
         self._warned = False
 
@@ -129,6 +140,7 @@ class GraphCache:
             warms_up: the caller asks for a capture now.
         """
         found = self._find(signature, fingerprint, device, warms_up)
+        self._close_dropped()
         if isinstance(found, str):
             return self.refuse(found)
         if found.graphs is None:
@@ -157,6 +169,7 @@ class GraphCache:
         """Drop every graph; those in use go when their run ends."""
         with self._lock:
             self._flush()
+        self._close_dropped()
 
     def pool_bytes(self) -> int:
         """Memory of the device that graphs hold."""
@@ -189,9 +202,12 @@ class GraphCache:
         if self.cuda.is_current_stream_capturing():
             return "the caller is capturing a graph itself"
         with self._lock:
-            if fingerprint != self._fingerprint:
+            self._changes = self._changes + 1 if fingerprint != self._fingerprint else 0
+            if self._changes:
                 self._flush()
                 self._fingerprint = fingerprint
+            if self._changes > MOST_CHANGES:  # a counter among its attributes, say
+                return "the network has been another one in each of the last calls"
             entry = self._entries.get(signature)
             if entry is None:
                 refusal = self._refusal_of_new(warms_up)
@@ -228,7 +244,7 @@ class GraphCache:
         graphs = None
         try:
             # Outside of inference mode: runs of both kinds write to these buffers.
-            with torch.inference_mode(False), torch.no_grad():
+            with CAPTURE_LOCK, torch.inference_mode(False), torch.no_grad():
                 buffers = build()
                 graphs = GraphSet(device, self.cuda)
                 steps = buffers.steps()
@@ -256,9 +272,10 @@ class GraphCache:
 
     def _leaked(self, device: torch.device, before: int) -> int:
         """What is still reserved after a failure; its pool is never given back."""
-        gc.collect()
-        self.cuda.empty_cache()
-        return max(0, int(self.cuda.memory_reserved(device)) - before)
+        with CAPTURE_LOCK:
+            gc.collect()
+            self.cuda.empty_cache()
+            return max(0, int(self.cuda.memory_reserved(device)) - before)
 
     def _forget(self, entry: _Entry) -> None:
         """As if nobody had asked for it."""
@@ -286,6 +303,15 @@ class GraphCache:
     def _drop(self, entry: _Entry) -> None:
         graphs, entry.graphs, entry.buffers = entry.graphs, None, None
         if graphs is not None:
+            self._dropped.append(graphs)
+
+    def _close_dropped(self) -> None:
+        """Close what was dropped; not under the lock, since it waits for captures to end."""
+        while True:
+            with self._lock:
+                if not self._dropped:
+                    return
+                graphs = self._dropped.pop()
             graphs.close()
 
 

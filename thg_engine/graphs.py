@@ -38,7 +38,9 @@ TRIALS = 5  # calls per measurement of eager against graphed, fewer of
 TRIAL_SECONDS = 1.0  # steps that take long
 HEADROOM = 1.2  # of the memory that a capture must find free
 
-_capture_lock = threading.RLock()
+CAPTURE_LOCK = threading.RLock()
+"""Held while anything is captured, and by whoever waits for the device: a wait while another thread
+captures fails, and breaks that capture."""
 _streams: WeakKeyDictionary[Any, dict[str, list[Any]]] = WeakKeyDictionary()
 """Streams of closed sets. torch hands out 32 of them in turns: the 33rd would not be our own."""
 
@@ -61,8 +63,9 @@ class GraphSet:
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self.device, self.cuda = device, cuda
-        self._free = _streams.setdefault(cuda, {}).setdefault(str(device), [])
-        self.stream = self._free.pop() if self._free else cuda.Stream(device)
+        with CAPTURE_LOCK:
+            self._free = _streams.setdefault(cuda, {}).setdefault(str(device), [])
+            self.stream = self._free.pop() if self._free else cuda.Stream(device)
         self.pool = cuda.graph_pool_handle()
         self.pool_bytes = 0
         self.ms: dict[str, tuple[float, float]] = {}
@@ -76,7 +79,7 @@ class GraphSet:
             NotCaptured: the reason; the set is closed.
         """
         try:
-            with self.cuda.device(self.device), _capturing():
+            with self.cuda.device(self.device), CAPTURE_LOCK, _no_cached_casts():
                 self._warm_up(steps)
                 before = self.cuda.memory_reserved(self.device)
                 try:
@@ -85,7 +88,8 @@ class GraphSet:
                 finally:
                     self.pool_bytes = self.cuda.memory_reserved(self.device) - before
         except BaseException as error:
-            self.stream = None  # a broken capture may stick to it
+            if not isinstance(error, NotCaptured):
+                self.stream = None  # a broken capture may stick to it
             self.close()
             if not isinstance(error, Exception):
                 raise
@@ -100,25 +104,27 @@ class GraphSet:
 
     def measure(self, steps: Mapping[str, Step]) -> None:
         """Time every step both ways, in turns."""
-        for name, step in steps.items():
-            times: tuple[list[float], list[float]] = ([], [])
-            for _ in range(TRIALS):
-                times[0].append(self._timed(step))
-                times[1].append(self._timed(self._graphs[name].replay))
-                if sum(map(sum, times)) > 1e3 * TRIAL_SECONDS:
-                    break
-            self.ms[name] = median(times[0]), median(times[1])
+        with CAPTURE_LOCK:
+            for name, step in steps.items():
+                times: tuple[list[float], list[float]] = ([], [])
+                for _ in range(TRIALS):
+                    times[0].append(self._timed(step))
+                    times[1].append(self._timed(self._graphs[name].replay))
+                    if sum(map(sum, times)) > 1e3 * TRIAL_SECONDS:
+                        break
+                self.ms[name] = median(times[0]), median(times[1])
 
     def close(self) -> None:
-        """Drop graphs, stream and pool; waits for what is still running."""
-        self.cuda.synchronize(self.device)
-        for graph in self._graphs.values():
-            graph.reset()
-        self._graphs.clear()
-        self._results.clear()
-        if self.stream is not None:
-            self._free.append(self.stream)
-        self.stream = self.pool = None
+        """Drop graphs, stream and pool; waits for what is still running, captures included."""
+        with CAPTURE_LOCK:
+            self.cuda.synchronize(self.device)
+            for graph in self._graphs.values():
+                graph.reset()
+            self._graphs.clear()
+            self._results.clear()
+            if self.stream is not None:
+                self._free.append(self.stream)
+            self.stream = self.pool = None
 
     def _warm_up(self, steps: Mapping[str, Step]) -> None:
         """Run each step where it will be captured; refuse where its memory is not to be had."""
@@ -129,6 +135,10 @@ class GraphSet:
                 for _ in range(WARM_UPS):
                     step()
         self.stream.synchronize()
+        if _has_own_graphs(self.device):
+            raise NotCaptured(
+                'torch.compile(mode="reduce-overhead") captures graphs of its own; compile without'
+            )
         # Blocks belong to the stream that first used them: this growth is what a step needs.
         needed = self.cuda.memory_reserved(self.device) - before
         gc.collect()
@@ -145,17 +155,18 @@ class GraphSet:
         graph = self.cuda.CUDAGraph()
         before = self.cuda.current_stream(self.device)
         collects = gc.isenabled()
-        gc.disable()  # a finalizer that waits for the device would break the capture
         try:
+            gc.disable()  # a finalizer that waits for the device would break the capture
             self.cuda.set_stream(self.stream)
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-            try:
-                result = step()
-            except BaseException:
-                with suppress(Exception):  # ends a capture that is broken, and says so again
-                    graph.capture_end()
-                raise
-            graph.capture_end()
+            with _inductor_lock():
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    result = step()
+                except BaseException:
+                    with suppress(Exception):  # ends a capture that is broken, and says so again
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         finally:
             self.cuda.set_stream(before)
             if collects:
@@ -172,18 +183,27 @@ class GraphSet:
 
 
 @contextmanager
-def _capturing() -> Iterator[None]:
-    """One capture at a time in the process, Inductor's included; no cached casts of weights."""
-    with _capture_lock, _inductor_lock():
-        cached = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(cached)
+def _no_cached_casts() -> Iterator[None]:
+    """Autocast's casts of weights live no longer than its context, shorter than a graph."""
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(cached)
+
+
+def _has_own_graphs(device: Any) -> bool:
+    """Whether Inductor has captured on the device: its lock would be taken twice."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is None or not isinstance(device, torch.device):
+        return False
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return trees.get_manager(index, create_if_none_exists=False) is not None
 
 
 def _inductor_lock() -> AbstractContextManager[Any]:
+    """Inductor's captures wait for ours."""
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     lock: AbstractContextManager[Any] = getattr(trees, "graph_capture_lock", None) or nullcontext()
     return lock

@@ -38,6 +38,7 @@ class Run:
     nfe: int = 0
     lease: Lease | None = None
     _kept: Tensor | None = None
+    _noise: tuple[int, Tensor] | None = None
     _version: int = -1
     _both: Conditioning = None
 
@@ -49,17 +50,27 @@ class Run:
         """
         return self.state.samples() if self._kept is None else self._kept
 
-    def noise(self) -> Tensor:
-        """Unit noise for the next row, from the run's generator."""
-        x = self.sample
-        return torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+    def noise(self, row: int) -> Tensor:
+        """Unit noise of a row from the run's generator, the same when the row is tried again."""
+        if self._noise is None or self._noise[0] != row:
+            x = self.sample
+            drawn = torch.randn(x.shape, generator=self.generator, device=x.device, dtype=x.dtype)
+            self._noise = row, drawn
+        return self._noise[1]
 
     def release(self) -> None:
         """Let go of the graphs, which another run may use from now on; the sample is kept."""
-        if self.lease is not None:
-            self._kept = self.state.samples().clone()
-            self.lease.release()
-            self.lease = None
+        lease, self.lease = self.lease, None
+        if lease is not None:
+            try:
+                self._kept = self.state.samples().clone()
+            finally:
+                lease.release()
+
+    @property
+    def is_released(self) -> bool:
+        """Whether somebody else may have what the run ran on."""
+        return self._kept is not None
 
     @property
     def done(self) -> bool:

@@ -62,9 +62,9 @@ class Shape:
         size = (table.num_rows, table.num_slots)
         return cls(model_dtype, register_dtype, backend, *size, evaluates_both, table.uses)
 
-    def roomy(self, batch: int, numel: int) -> Shape:
-        """The same with room for longer runs and other solvers."""
-        room = ROOM // max(1, batch * numel * self.register_dtype.itemsize)
+    def roomy(self, numel: int) -> Shape:
+        """The same with room for longer runs and other solvers of samples of ``numel`` elements."""
+        room = ROOM // max(1, numel * self.register_dtype.itemsize)
         return Shape(
             self.model_dtype,
             self.register_dtype,
@@ -155,18 +155,22 @@ class StepBuffers:
 
 
 def signature_of(value: Any) -> Hashable:
-    """What a capture bakes in of an argument: structure, layouts, and all that is no tensor."""
+    """What a capture bakes in of an argument: structure, layouts, and all that is no tensor.
+
+    None where something in it may change unseen: it is neither a tensor nor hashable.
+    """
     leaves, structure = pytree.tree_flatten(value)
-    return (str(structure), *map(_leaf, leaves))
+    found = (str(structure), *map(_leaf, leaves))
+    try:
+        hash(found)
+    except TypeError:
+        return None
+    return found
 
 
 def _leaf(value: Any) -> Hashable:
     if isinstance(value, Tensor):
         return (tuple(value.shape), value.stride(), value.dtype, value.device)
-    try:
-        hash(value)
-    except TypeError:
-        return id(value)
     return (type(value), value)
 
 

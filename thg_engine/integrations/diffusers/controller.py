@@ -25,7 +25,7 @@ from ...plan import SamplingPlan
 from ...schedule import model_timesteps
 from . import hook
 from .adapters import AdapterRecord
-from .fingerprint import adapter_state, processors
+from .fingerprint import processors
 from .graphed import RunGraphs
 from .planning import ChosenRows, FusedPlan, fused_plan, noise_levels
 from .resolve import resolve_guidance
@@ -33,6 +33,8 @@ from .run import PipelineRun
 from .stepping import stepping
 from .tuning import Undo, tune
 from .twins import Twins
+
+WRAPPED = 'torch.compile is around the denoiser; compile(pipe, denoiser="compile") goes with graphs'
 
 
 @dataclass(frozen=True)
@@ -222,8 +224,10 @@ class Controller:
         wanted = self.settings.fused is not False
         graphs = None
         if self.settings.graph is not False:
-            state = (str(adapter_state(pipe, module)), processors(module))
-            graphs = RunGraphs(self._graphs, state, module, self.record)
+            graphs = RunGraphs(self._graphs, processors(module), module, self.record)
+            if hasattr(getattr(pipe, self.record.denoiser), "_orig_mod"):
+                self._graphs.refuse(WRAPPED)
+                graphs = None
         run = PipelineRun(
             pipe,
             module,

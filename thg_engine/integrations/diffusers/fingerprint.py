@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...fingerprint import attributes
+
 ADAPTER_STATE = ("scale", "scaling", "_active_adapter", "_disable_adapters", "merged_adapters")
 """Where IP-Adapters (a list of scales) and LoRA layers keep what a callback may turn."""
 
@@ -28,8 +30,6 @@ def _plain(value: Any) -> Any:
 
 
 def processors(module: Any) -> Hashable:
-    """The attention processors, as something to compare."""
+    """The attention processors and their plain attributes, as something to compare."""
     found = getattr(module, "attn_processors", None) or {}
-    return tuple(
-        (name, id(one), str(getattr(one, "_attention_backend", ""))) for name, one in found.items()
-    )
+    return tuple((name, one, hash(attributes(one))) for name, one in found.items())

@@ -83,7 +83,7 @@ class FusedStep:
         self._buffers: RowBuffers | None = None
         if graphs is not None and guides and self.backend != "reference":
             shape = Shape.of(table, model_dtype, registers, self.backend, evaluates_both=True)
-            shape = shape.roomy(x.shape[0], x[0].numel())
+            shape = shape.roomy(x.numel())
             self._buffers = graphs.start_row(shape, x, self.dtype)
         if self._buffers is None:
             self.state = StepState(table, x, model_dtype=model_dtype, register_dtype=registers)
@@ -97,6 +97,7 @@ class FusedStep:
         self._generator: Any = None
         self._noise: tuple[int, Tensor | None] = (-1, None)
         self._ahead: float | None = None
+        self.rolled_back = 0
         self._remember(x)
 
     @property
@@ -223,9 +224,22 @@ class FusedStep:
             self._note_writes(row)
             self._remember(following)
             return following
-        self.state.registers.copy_(self._buffers.backup)
-        self.state.seek(row)
+        self._roll_back(row)
         return None
+
+    def _roll_back(self, row: int) -> None:
+        """Undo a row that ran ahead."""
+        if self._buffers is not None:
+            self.state.registers.copy_(self._buffers.backup)
+            self.state.seek(row)
+            self.rolled_back += 1
+
+    def take_back(self) -> bool:
+        """Undo a row that ran ahead and whose step has not come; whether there was one."""
+        found, self._ahead = self._ahead is not None, None
+        if found:
+            self._roll_back(self.row - 1)
+        return found
 
     def _drawn(self, dtype: torch.dtype) -> Tensor | None:
         """The noise of the next row, drawn as often and as wide as the scheduler itself would."""

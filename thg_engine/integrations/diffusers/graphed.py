@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from thg_kernels.step_update import BranchRows, StepState, StepTable, blank_rows, launch
 
-from ...fingerprint import module_fingerprint, why_not_captured
+from ...fingerprint import autocast, module_fingerprint, why_not_captured
 from ...graph_cache import GraphCache, Lease
 from ...graphs import Step
 from ...step_buffers import Shape, signature_of
@@ -38,6 +38,7 @@ class DenoiserBuffers:
 
     def __init__(self, forward: Forward, named: Mapping[str, Any], record: AdapterRecord) -> None:
         self._forward = forward
+        self._loaded: dict[int, tuple[Any, int]] = {}
         device = named[record.arguments[0]].device
         # A timestep on the host would be frozen in the capture: here it is on the device.
         self.named = pytree.tree_map_only(
@@ -49,11 +50,16 @@ class DenoiserBuffers:
             self._half = None
 
     def load(self, named: Mapping[str, Any]) -> None:
-        """Take over the values of another call."""
+        """Take over the values of another call; what is still there is not copied again."""
         pairs = zip(pytree.tree_leaves(self.named), pytree.tree_leaves(dict(named)), strict=True)
-        for into, value in pairs:
-            if isinstance(into, Tensor):
+        for k, (into, value) in enumerate(pairs):
+            if not isinstance(into, Tensor):
+                continue
+            version = -1 if value.is_inference() else value._version  # there edits are not seen
+            before, seen = self._loaded.get(k, (None, -1))
+            if version < 0 or value is not before or version != seen:
                 into.copy_(value, non_blocking=True)
+                self._loaded[k] = value, version
 
     def steps(self) -> Mapping[str, Step]:
         """What to capture: each returns the denoiser's output."""
@@ -147,7 +153,7 @@ class RunGraphs:
 
     def note(self, forward: Forward, named: Mapping[str, Any]) -> None:
         """The call in progress; graphs are of calls like the first."""
-        signature = signature_of(dict(named))
+        signature = signature_of((dict(named), autocast()))
         if self._forward is not None and signature != self._signature:
             self.turn_off()
         self._forward, self._named, self._signature = forward, named, signature
@@ -155,7 +161,7 @@ class RunGraphs:
     def start_row(self, shape: Shape, x: Tensor, dtype: torch.dtype) -> RowBuffers | None:
         """Graphs of denoiser and row for the rest of the run; None: there are none."""
         forward, named = self._forward, self._named
-        if forward is None:
+        if forward is None or self._signature in self._cache.notes:
             return None
         lease = self._lease(
             "row",
@@ -187,6 +193,10 @@ class RunGraphs:
         """A call that ran eagerly."""
         self._cache.count(eager_calls=1)
 
+    def is_in_vain(self) -> None:
+        """Rows of such calls are taken back: the next run captures the denoiser alone."""
+        self._cache.notes.add(self._signature)
+
     def turn_off(self) -> None:
         """For the rest of the run: what the graphs take for granted has changed."""
         self._is_off = True
@@ -214,6 +224,8 @@ class RunGraphs:
 
     def _acquired(self, more: Hashable, build: Callable[[], Any]) -> Lease | str:
         reason = why_not_captured(self._module, own=HOOK_NAME)
+        if self._signature is None:
+            reason = "an argument of the denoiser is neither tensor nor value"
         if reason:
             return self._cache.refuse(reason)
         fingerprint = (module_fingerprint(self._module), self._pipe_state)

@@ -35,6 +35,8 @@ from .slicing import CannotSlice, slice_half
 
 Rows = tuple[GuidanceRow, ...]
 NOT_YET = "no step has been taken"
+MOST_ROLLED_BACK = 2
+"""Rows taken back in a run before its shape is run without: blended latents, say, in every step."""
 
 
 class PipelineRun:
@@ -148,9 +150,9 @@ class PipelineRun:
         index, row, variant = pending
         graphs.note(forward, self._named)
         output = None
-        if self._guides:
+        if self._guides and graphs.has_row:
             output = self._replayed_row(graphs, index, row, variant)
-        elif not self._defers:
+        elif self._guides or not self._defers:
             output = graphs.replay(variant)
         if output is None:
             graphs.count_eager()
@@ -159,8 +161,10 @@ class PipelineRun:
     def _replayed_row(self, graphs: RunGraphs, index: int, row: GuidanceRow, variant: str) -> Any:
         """Denoiser and row in one replay."""
         fused = self.fused
-        if fused is None or not graphs.has_row or index != fused.row:
+        if fused is None or fused.take_back() or index != fused.row:
             return None
+        if fused.rolled_back == MOST_ROLLED_BACK:
+            graphs.is_in_vain()
         guidance = replace(row, evaluates_both=variant == "both")
         fused.foresee(guidance, float(self.pipe.guidance_scale))
         output = graphs.replay_row(variant)

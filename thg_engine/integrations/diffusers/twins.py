@@ -19,35 +19,35 @@ class Twins:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._active = 0
+        self._is_taken = False
         self._idle: dict[str, Any] = {}
-        self._tokenizers: tuple[Any, ...] = ()
+        self._originals: dict[str, Any] = {}
 
     @contextmanager
     def one(self, pipe: Any) -> Iterator[Any]:
         """``pipe`` itself if nobody else has it."""
         with self._lock:
-            self._active += 1
-            if self._active == 1:
-                self._note(pipe)
-                mine = pipe
-            else:
+            is_first, self._is_taken = not self._is_taken, True
+            self._note(pipe, is_first)
+            mine = pipe
+            if not is_first:
                 mine = object.__new__(type(pipe))
                 vars(mine).update(vars(pipe), **{k: _copied(v) for k, v in self._idle.items()})
         try:
             yield mine
         finally:
-            with self._lock:
-                self._active -= 1
+            if is_first:
+                with self._lock:
+                    self._is_taken = False
 
-    def _note(self, pipe: Any) -> None:
+    def _note(self, pipe: Any, is_first: bool) -> None:
         """Copies to make twins from, taken while nobody changes the originals."""
         names = [name for name in vars(pipe) if name.startswith("tokenizer")]
-        tokenizers = tuple(vars(pipe)[name] for name in names)
-        if [id(one) for one in tokenizers] != [id(one) for one in self._tokenizers]:
-            self._tokenizers = tokenizers
-            self._idle = {name: _copied(vars(pipe)[name]) for name in names}
-        self._idle["scheduler"] = _copied(pipe.scheduler)
+        for name in (*names, "scheduler"):
+            original = vars(pipe)[name]
+            is_new = original is not self._originals.get(name)
+            if is_new or (is_first and name == "scheduler"):
+                self._originals[name], self._idle[name] = original, _copied(original)
 
 
 def _copied(component: Any) -> Any:
