@@ -308,7 +308,10 @@ def hidream():
 LABELS = {"class_labels": [3, 5]}
 
 
-@zoo("DiTPipeline", denoiser="transformer", callbacks=False, batch=LABELS, copies=None)
+REVERSED = {"pattern": "concat-reversed", "callbacks": False, "copies": None}
+
+
+@zoo("DiTPipeline", denoiser="transformer", batch=LABELS, **REVERSED)
 def dit():
     """Class-conditional; it has no latents to return."""
     config = {

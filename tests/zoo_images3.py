@@ -208,7 +208,7 @@ def qwen_parts(levels: int) -> dict:
         base_dim=2,
         z_dim=4,
         dim_mult=[1] * (levels + 1),
-        num_res_blocks=1,
+        num_res_blocks=0,
         temperal_downsample=[False] * levels,
         latents_mean=[0.0] * 4,
         latents_std=[1.0] * 4,
