@@ -9,7 +9,8 @@ import torch
 
 import thg_engine
 from fake_cuda import FakeCuda, FakeCudaError, OnFakeCuda
-from pipelines import METHODS, call, make, tiny
+from pipelines import METHODS, call, make
+from pipelines import tiny as tiny_on_cpu
 from thg_engine import THG
 from thg_engine.errors import InvalidArgument
 
@@ -17,8 +18,29 @@ HELD = THG(grid=3)
 ROWS = 8
 
 
+@pytest.fixture(params=["fake", pytest.param("cuda", marks=pytest.mark.gpu)], autouse=True)
+def place(request, monkeypatch):
+    """On a fake CUDA and on a real one; failures are injected into the fake alone."""
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        if request.node.get_closest_marker("fake_only"):
+            pytest.skip("injects failures, or is about the CPU")
+    monkeypatch.setitem(PLACE, "name", request.param)
+
+
+PLACE = {"name": "fake"}
+
+
+def tiny(*args, **kwargs):
+    pipe = tiny_on_cpu(*args, **kwargs)
+    return pipe.to("cuda") if PLACE["name"] == "cuda" else pipe
+
+
 def on_fake(pipe, cuda=None):
-    """The compiled pipeline with its graphs on a fake CUDA."""
+    """The compiled pipeline with its graphs on a fake CUDA, unless there is a real one."""
+    if PLACE["name"] == "cuda":
+        return pipe
     cache = pipe.thg._graphs
     cache.cuda = cuda or FakeCuda()
     acquire = cache.acquire
@@ -61,6 +83,7 @@ def test_graphs_give_what_eager_calls_give(name, method):
     assert "graphs: 2 captured" in pipe.thg.report()
 
 
+@pytest.mark.fake_only
 @pytest.mark.parametrize("fused", [None, False])
 def test_the_denoiser_runs_only_to_be_captured(fused):
     """Two warm-ups and a capture of each size, then the first row of every call at most."""
@@ -159,6 +182,7 @@ def test_an_exception_in_the_middle_leaves_nothing_behind():
     assert not graph_stats(pipe)["refusals"]
 
 
+@pytest.mark.fake_only
 @pytest.mark.parametrize("nth", [1, 2, 40, 400])
 @pytest.mark.parametrize("event", ["capture_begin", "record", "capture_end"])
 def test_a_capture_that_fails_leaves_correct_eager_calls(event, nth):
@@ -168,7 +192,9 @@ def test_a_capture_that_fails_leaves_correct_eager_calls(event, nth):
     assert torch.equal(call(pipe), eager())
     assert torch.equal(call(pipe, seed=1), eager(seed=1))
     if cuda.counts[event] >= nth:
-        assert "injected" in pipe.thg.report() and graph_stats(pipe)["captures"] == 0
+        assert "injected" in pipe.thg.report()
+        # Where denoiser and row cannot be captured together, the denoiser alone may be.
+        assert graph_stats(pipe)["captures"] in (0, 2)
 
 
 def test_adapters_processors_and_weights_are_looked_at():
@@ -250,6 +276,7 @@ def test_inference_mode_and_no_grad_give_the_same():
     assert graph_stats(pipe)["captures"] == 2
 
 
+@pytest.mark.fake_only
 def test_a_timestep_on_the_host_moves_to_the_device():
     """A capture would freeze its value."""
     from thg_engine.integrations.diffusers.adapters import RECORDS
@@ -260,6 +287,65 @@ def test_a_timestep_on_the_host_moves_to_the_device():
     buffers = DenoiserBuffers(lambda **kwargs: None, named, RECORDS["StableDiffusionPipeline"])
     assert {v.device.type for v in buffers.named.values() if v is not False} == {"meta"}
     assert set(buffers.steps()) == {"both", "cond"}
+
+
+def test_freeu_after_a_capture():
+    """It is nothing but attributes of the up blocks."""
+    pipe, twin = graphed(), thg_engine.compile(tiny(), HELD, graph=False)
+    before = call(pipe)
+    for each in (pipe, twin):
+        each.enable_freeu(s1=0.9, s2=0.2, b1=1.4, b2=1.6)
+    found = call(pipe)
+    assert torch.equal(found, call(twin)) and graph_stats(pipe)["captures"] == 4
+    for each in (pipe, twin):
+        each.disable_freeu()
+    assert torch.equal(call(pipe), before)
+
+
+def test_attention_arguments_are_captured_once_per_value():
+    pipe = graphed()
+    for scale in (0.5, 0.5, 1.0, 1.0, 0.5):
+        kwargs = {"cross_attention_kwargs": {"tint": scale}}
+        assert torch.equal(call(pipe, **kwargs), eager(**kwargs))
+    assert graph_stats(pipe)["captures"] == 4
+
+
+@pytest.mark.fake_only
+def test_a_denoiser_that_the_user_has_compiled_gets_no_graphs():
+    pipe = tiny()
+    pipe.unet = torch.compile(pipe.unet, backend="eager")
+    on_fake(thg_engine.compile(pipe, HELD, graph=True))
+    call(pipe)
+    assert "torch.compile is around the denoiser" in pipe.thg.report()
+    assert graph_stats(pipe)["captures"] == 0
+
+
+def test_rows_that_are_taken_back_each_time_are_not_run_ahead_again():
+    """Inpainting blends the latents after each step: from the second call on the denoiser alone."""
+    pipe = graphed(kind="inpaint")
+    for seed in (0, 1, 2):
+        assert torch.equal(call(pipe, seed=seed), eager(kind="inpaint", seed=seed))
+    rows = pipe.thg.stats()["last_rows"]
+    assert graph_stats(pipe)["captures"] == 4 and graph_stats(pipe)["replays"] >= 3 * (rows - 1)
+
+
+def test_a_scheduler_that_is_swapped_while_calls_overlap():
+    pipe = thg_engine.compile(tiny(), HELD)
+    names = ["DDIMScheduler", "UniPCMultistepScheduler"]
+    expected = [call(thg_engine.compile(tiny(scheduler=make(n)), HELD)) for n in names]
+    inner = []
+
+    def callback(pipe, i, t, tensors):
+        if i == 2:
+            inner.append(call(pipe))
+            pipe.scheduler = make(names[1])
+            inner.append(call(pipe))
+            pipe._interrupt = True
+        return {}
+
+    call(pipe, callback_on_step_end=callback)
+    for one, other in zip(inner, expected, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_hooks_and_offloading_get_no_graphs():
@@ -337,6 +423,7 @@ def test_threads_without_graphs_share_no_scheduler_state(name):
     assert pipe.scheduler is scheduler
 
 
+@pytest.mark.fake_only
 @pytest.mark.parametrize("switch", ["THG_DISABLE", "THG_DISABLE_GRAPHS"])
 def test_kill_switches(monkeypatch, switch):
     pipe = graphed()
@@ -350,6 +437,7 @@ def test_kill_switches(monkeypatch, switch):
     assert graph_stats(pipe)["captures"] == 2
 
 
+@pytest.mark.fake_only
 def test_uncompile_drops_the_graphs():
     cuda = FakeCuda()
     pipe = graphed(cuda=cuda)
@@ -359,6 +447,7 @@ def test_uncompile_drops_the_graphs():
     assert torch.equal(call(pipe), call(tiny()))
 
 
+@pytest.mark.fake_only
 def test_on_a_cpu_the_report_says_why_there_are_none():
     pipe = thg_engine.compile(tiny(), HELD)
     assert "graphs: none; nothing has run" in pipe.thg.report()
@@ -370,6 +459,7 @@ def test_on_a_cpu_the_report_says_why_there_are_none():
 # -- changes of the denoiser -----------------------------------------------------------------------
 
 
+@pytest.mark.fake_only
 @pytest.mark.parametrize("attention", ["sdpa", "native"])
 def test_attention_is_chosen_and_put_back(attention):
     pipe = tiny()
@@ -383,6 +473,7 @@ def test_attention_is_chosen_and_put_back(attention):
     assert pipe.unet.attn_processors == before
 
 
+@pytest.mark.fake_only
 def test_compiled_blocks_are_put_back(monkeypatch):
     pipe, compiled = tiny(), []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
@@ -395,6 +486,7 @@ def test_compiled_blocks_are_put_back(monkeypatch):
     assert torch.equal(call(pipe), call(tiny()))
 
 
+@pytest.mark.fake_only
 @pytest.mark.parametrize(
     ("argument", "value"),
     [("graph", "step"), ("graph", 1), ("denoiser", "eager"), ("attention", "flash")],
@@ -407,6 +499,7 @@ def test_bad_arguments_change_nothing(argument, value):
     assert type(pipe) is kind and not hasattr(pipe, "thg")
 
 
+@pytest.mark.fake_only
 def test_attention_of_a_library_that_is_missing(monkeypatch):
     from thg_engine.integrations.diffusers import tuning
 

@@ -186,12 +186,13 @@ class Controller:
         if self.settings.graph is False:
             return "  graphs: off, as asked for"
         found = self._graphs.report()
-        if found["captures"]:
-            calls = f"{found['replays']} replay(s), {found['eager_calls']} eager call(s)"
-            size = f"{found['pool_bytes'] / 2**20:.0f} MiB"
-            return f"  graphs: {found['captures']} captured, {calls}, {size}"
-        reasons = "; ".join(found["refusals"]) or "nothing has run"
-        return f"  graphs: none; {reasons}"
+        reasons = "; ".join(found["refusals"])
+        if not found["captures"]:
+            return f"  graphs: none; {reasons or 'nothing has run'}"
+        calls = f"{found['replays']} replay(s), {found['eager_calls']} eager call(s)"
+        size = f"{found['pool_bytes'] / 2**20:.0f} MiB"
+        line = f"  graphs: {found['captures']} captured, {calls}, {size}"
+        return f"{line}; not in every run: {reasons}" if reasons else line
 
     def _last_lines(self) -> list[str]:
         """The last call in the report."""
