@@ -72,10 +72,17 @@ def test_stock_pipeline_runs(entry: Zoo) -> None:
     assert torch.isfinite(first).all()
     assert first.float().std() > 1e-3
     assert torch.equal(call(entry, pipe), first)
-    if entry.guided and entry.scale is not None:
-        scale = arguments(entry)[entry.scale]
-        moved = _distance(call(entry, pipe, **{entry.scale: scale / 2 + 0.75}), first)
-        assert moved > 1e-3, f"guidance moves the result by {moved:.1e} only"
+    if entry.guided:
+        moved = _distance(_less(entry, pipe), first)
+        assert moved > 5e-3, f"guidance moves the result by {moved:.1e} only"
+
+
+def _less(entry: Zoo, pipe) -> torch.Tensor:
+    """The result with half of the guidance."""
+    if entry.scale is not None:
+        return call(entry, pipe, **{entry.scale: arguments(entry)[entry.scale] / 2 + 0.75})
+    getattr(pipe, entry.guider).guidance_scale /= 2
+    return call(entry, pipe)
 
 
 @pytest.mark.parametrize("entry", _entries())
@@ -101,10 +108,8 @@ def test_calls_are_of_the_pattern(entry: Zoo) -> None:
     with Calls(entry, pipe) as calls:
         call(entry, pipe)
     steps = getattr(pipe, "_num_timesteps", None) or len(pipe.scheduler.timesteps)
-    if entry.pattern == "skip-layer":
-        assert calls.rows == [2, 2, 1, 2, 1, 2, 2]
-    else:
-        assert calls.rows == [ROWS[entry.pattern]] * (steps * CALLS[entry.pattern])
+    regular = [ROWS.get(entry.pattern, 0)] * (steps * CALLS.get(entry.pattern, 0))
+    assert calls.rows == (list(entry.rows) or regular)
 
 
 @pytest.mark.parametrize("entry", _entries(HALVES))

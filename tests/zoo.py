@@ -44,7 +44,9 @@ class Zoo:
         needs: diffusers classes without which the entry is skipped.
         slow: whether the test of the entry takes more than ten seconds.
         pattern: of the network's calls: "concat" ([uncond, cond]), "concat-reversed",
-            "calls" (one per branch), "three" branches, "skip-layer", or "none".
+            "calls" (one per branch), "three" (branches in one call), "three-calls",
+            "skip-layer" (concat, and a call more in some steps), or "none".
+        rows: of every call, where steps differ in calls.
     """
 
     cls: str
@@ -62,6 +64,7 @@ class Zoo:
     needs: tuple[str, ...] = ()
     slow: bool = False
     pattern: str = "concat"
+    rows: tuple[int, ...] = ()
 
     @property
     def missing(self) -> list[str]:
@@ -228,7 +231,9 @@ def decoder(kind: str, seed: int = 0, width: int = 16, layers: int = 2, **kwargs
         max_position_embeddings=2048,
         **{"pad_token_id": 0, "bos_token_id": 3, "eos_token_id": 1, **kwargs},
     )
-    return seeded(lambda: getattr(transformers, kind)(config), seed)
+    model = seeded(lambda: getattr(transformers, kind)(config), seed)
+    louder(model, 50.0, "embed_tokens")  # from a deviation of 0.02
+    return model
 
 
 def vae(channels: int = 4, levels: int = 2, seed: int = 0, **kwargs):

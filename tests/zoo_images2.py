@@ -9,7 +9,21 @@ import torch
 import transformers
 
 from pipelines import ddim, mask, picture, tokenizer
-from zoo import both, clip, decoder, flow, flux_vae, noise, seeded, sized, t5, vae, words, zoo
+from zoo import (
+    both,
+    clip,
+    decoder,
+    flow,
+    flux_vae,
+    louder,
+    noise,
+    seeded,
+    sized,
+    t5,
+    vae,
+    words,
+    zoo,
+)
 from zoo_images import XL, unet
 
 PLAIN = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
@@ -61,7 +75,10 @@ def sd35():
     return diffusers.StableDiffusion3Pipeline(**parts), both(**SHORT, **sized(16))
 
 
-@zoo("StableDiffusion3Pipeline", denoiser="transformer", pattern="skip-layer", other=sized(24))
+SKIPPING = {"pattern": "skip-layer", "rows": (2, 2, 1, 2, 1, 2, 2)}
+
+
+@zoo("StableDiffusion3Pipeline", denoiser="transformer", other=sized(24), **SKIPPING)
 def sd3_skip_layer():
     """A third branch without block 1, in steps 1 and 2 alone."""
     skip = {"skip_guidance_layers": [1], "skip_layer_guidance_stop": 0.6}
@@ -271,8 +288,10 @@ def aura_flow():
         "caption_projection_dim": 32,
         "pos_embed_max_size": 256,
     }
+    transformer = net("AuraFlowTransformer2DModel", **config)
+    louder(transformer, 10.0, "norm1")  # its gates are small
     pipe = diffusers.AuraFlowPipeline(
-        transformer=net("AuraFlowTransformer2DModel", gain=100.0, **config),
+        transformer=transformer,
         vae=vae(),
         text_encoder=t5(1, width=32, kind="UMT5EncoderModel"),
         tokenizer=words(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 
 import diffusers
+import torch
 import transformers
 
 from pipelines import picture, tokenizer
@@ -224,13 +225,17 @@ def qwen_image():
     # Of a tokenizer of words, up to the prompt: the template's head.
     head = pipe.prompt_template_encode.split("{}")[0]
     pipe.prompt_template_encode_start_idx = len(names(head, add_special_tokens=False).input_ids)
-    return pipe, both(true_cfg_scale=4.0, **sized(16))
+    given = both(true_cfg_scale=4.0, **sized(16))
+    return pipe, {k: v for k, v in given.items() if k != "guidance_scale"}
 
 
 def qwen_embeds(rows: int = 1) -> dict:
     """Embeddings in the place of a text encoder's, for ``rows`` prompts."""
-    names = ("prompt_embeds", "negative_prompt_embeds")
-    return {name: noise(rows, 6 - i, 16, seed=60 + i) for i, name in enumerate(names)}
+    made = {}
+    for i, name in enumerate(("prompt_embeds", "negative_prompt_embeds")):
+        made[name] = noise(rows, 6, 16, seed=60 + i)
+        made[f"{name}_mask"] = (torch.arange(6) < 6 - i).expand(rows, 6).long()
+    return made
 
 
 @true_cfg("QwenImageEditPipeline", batch=qwen_embeds(2), other=sized(256))
@@ -239,8 +244,8 @@ def qwen_image_edit():
     pipe = diffusers.QwenImageEditPipeline(
         **qwen_parts(6), text_encoder=None, tokenizer=None, processor=None
     )
-    given = both(image=picture(), true_cfg_scale=4.0, **qwen_embeds(), **sized(512))
-    return pipe, {k: v for k, v in given.items() if k not in ("prompt", "negative_prompt")}
+    given = {"image": picture(), "true_cfg_scale": 4.0, "num_inference_steps": 4}
+    return pipe, {**given, **qwen_embeds(), **sized(512), "output_type": "latent"}
 
 
 @zoo("CogView4Pipeline", denoiser="transformer", pattern="calls", other=sized(32))
@@ -265,13 +270,49 @@ def cogview4():
     return pipe, both(**SHORT, **sized(16))
 
 
-MODULAR = {"guider": "guider", "scale": None, "pattern": "calls", "callbacks": False}
+def modular(guider: str, **options):
+    """An entry of Stable Diffusion XL in blocks, guided by the class so named."""
+    given = {"guider": "guider", "scale": None, "pattern": "calls", "callbacks": False}
+    given.update(denoiser="unet", needs=(guider, "StableDiffusionXLAutoBlocks"), other=sized(24))
+    return zoo("StableDiffusionXLModularPipeline", **{**given, **options})
 
 
-@zoo("StableDiffusionXLModularPipeline", denoiser="unet", other=sized(24), **MODULAR)
-def sdxl_modular():
+def guided(guider: str, **options):
     pipe = diffusers.StableDiffusionXLAutoBlocks().init_pipeline()
-    guider = diffusers.ClassifierFreeGuidance(guidance_scale=5.0)
-    pipe.update_components(**xl_parts(), guider=guider)
+    made = getattr(diffusers, guider)(guidance_scale=5.0, **options)
+    pipe.update_components(**xl_parts(), guider=made)
     given = {"prompt": PROMPT, "negative_prompt": NEGATIVE, "num_inference_steps": 4}
     return pipe, {**given, "output_type": "latent", "output": "images", **sized(16)}
+
+
+@modular("ClassifierFreeGuidance")
+def sdxl_modular():
+    return guided("ClassifierFreeGuidance")
+
+
+@modular("ClassifierFreeGuidance", rows=(1,) * 7)
+def sdxl_modular_window():
+    """Guided from a quarter of the run on."""
+    return guided("ClassifierFreeGuidance", start=0.25)
+
+
+@modular("ClassifierFreeZeroStarGuidance")
+def sdxl_modular_zero_star():
+    return guided("ClassifierFreeZeroStarGuidance")
+
+
+@modular("AdaptiveProjectedGuidance")
+def sdxl_modular_projected():
+    """With momentum: what it returns hangs on the steps before."""
+    return guided("AdaptiveProjectedGuidance", adaptive_projected_guidance_momentum=-0.5)
+
+
+@modular("TangentialClassifierFreeGuidance")
+def sdxl_modular_tangential():
+    return guided("TangentialClassifierFreeGuidance")
+
+
+@modular("SmoothedEnergyGuidance", pattern="three-calls", rows=(1,) * 11)
+def sdxl_modular_energy():
+    """A third branch whose attention is blurred."""
+    return guided("SmoothedEnergyGuidance", seg_guidance_layers=[0])
