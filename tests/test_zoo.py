@@ -8,6 +8,7 @@ import torch
 import zoo_images  # noqa: F401  (they fill the registry)
 import zoo_images2  # noqa: F401
 import zoo_images3  # noqa: F401
+import zoo_images4  # noqa: F401
 from zoo import ZOO, Zoo, arguments, build, call
 
 # What "you passed two prompts and one image" says is meant here.

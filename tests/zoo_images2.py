@@ -212,32 +212,36 @@ def bert(seed: int = 0):
     return seeded(lambda: transformers.BertModel(config), seed)
 
 
+HUNYUAN = {
+    "sample_size": 8,
+    "patch_size": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 3,
+    "hidden_size": 24,
+    "in_channels": 4,
+    "cross_attention_dim": 16,
+    "cross_attention_dim_t5": 16,
+    "pooled_projection_dim": 16,
+}
+
+
+def hunyuan_parts(layers: int = 2) -> dict:
+    return {
+        "transformer": net("HunyuanDiT2DModel", num_layers=layers, **HUNYUAN),
+        "vae": vae(levels=4),  # the pipeline takes a factor of 8 for granted
+        "text_encoder": bert(),
+        "tokenizer": words(77),
+        "text_encoder_2": t5(1, kind="MT5EncoderModel"),
+        "tokenizer_2": words(256),
+        "scheduler": ddim(),
+        **PLAIN,
+    }
+
+
 @zoo("HunyuanDiTPipeline", denoiser="transformer", other=sized(96))
 def hunyuan_dit():
-    config = {
-        "sample_size": 8,
-        "num_layers": 2,
-        "patch_size": 2,
-        "attention_head_dim": 8,
-        "num_attention_heads": 3,
-        "hidden_size": 24,
-        "in_channels": 4,
-        "cross_attention_dim": 16,
-        "cross_attention_dim_t5": 16,
-        "pooled_projection_dim": 16,
-    }
-    pipe = diffusers.HunyuanDiTPipeline(
-        transformer=net("HunyuanDiT2DModel", **config),
-        vae=vae(levels=4),  # the pipeline takes a factor of 8 for granted
-        text_encoder=bert(),
-        tokenizer=words(77),
-        text_encoder_2=t5(1, kind="MT5EncoderModel"),
-        tokenizer_2=words(256),
-        scheduler=ddim(),
-        **PLAIN,
-    )
     given = both(use_resolution_binning=False, guidance_rescale=0.5, **sized(64))
-    return pipe, given
+    return diffusers.HunyuanDiTPipeline(**hunyuan_parts()), given
 
 
 class Positioned(transformers.PreTrainedTokenizerFast):
