@@ -279,12 +279,13 @@ def test_inference_mode_and_no_grad_give_the_same():
 @pytest.mark.fake_only
 def test_a_timestep_on_the_host_moves_to_the_device():
     """A capture would freeze its value."""
-    from thg_engine.integrations.diffusers.adapters import RECORDS
+    from thg_engine.integrations.diffusers.adapters import LAYOUTS, RECORDS
     from thg_engine.integrations.diffusers.graphed import DenoiserBuffers
 
     sample = torch.empty(2, 4, 8, 8, device="meta")
     named = {"sample": sample, "timestep": torch.tensor(7), "return_dict": False}
-    buffers = DenoiserBuffers(lambda **kwargs: None, named, RECORDS["StableDiffusionPipeline"])
+    how = RECORDS["StableDiffusionPipeline"], LAYOUTS["UNet2DConditionModel"]
+    buffers = DenoiserBuffers(lambda **kwargs: None, named, *how)
     assert {v.device.type for v in buffers.named.values() if v is not False} == {"meta"}
     assert set(buffers.steps()) == {"both", "cond"}
 

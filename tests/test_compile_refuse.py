@@ -14,7 +14,12 @@ from pipelines import CountRows, call, ddim, tiny
 from thg_engine import CFG, THG, Calibration, SamplingPlan
 from thg_engine.errors import CalibrationError, InvalidArgument
 from thg_engine.integrations.diffusers import slicing
-from thg_engine.integrations.diffusers.adapters import UNET_ARGUMENTS, find_record
+from thg_engine.integrations.diffusers.adapters import (
+    LAYOUTS,
+    RECORDS,
+    argument_names,
+    find_record,
+)
 from thg_engine.integrations.diffusers.resolve import fingerprint
 from thg_engine.lowering import plan_from_solver
 from thg_engine.schedule import NoiseSchedule
@@ -202,10 +207,27 @@ def test_a_pipeline_without_its_denoiser_is_left_alone():
 
 def test_adapter_knows_the_signature_of_the_unet():
     signature = inspect.signature(diffusers.UNet2DConditionModel.forward)
-    assert tuple(signature.parameters)[1:] == UNET_ARGUMENTS
-    record = find_record(diffusers.StableDiffusionPipeline)
-    named = {record.arguments[0], *record.batched, *record.unbatched, *record.tensor_free}
-    assert named | {"return_dict"} == set(UNET_ARGUMENTS)
+    layout = LAYOUTS["UNet2DConditionModel"]
+    named = {layout.sample, *layout.batched, *layout.unbatched, *layout.shared}
+    assert named | {"return_dict"} == set(signature.parameters) - {"self"}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_name_arguments_that_there_are(name):
+    from diffusers import models
+
+    kind = getattr(diffusers, name, None) or getattr(models, name)
+    layout = LAYOUTS[name]
+    known = (layout.sample, *layout.batched, *layout.unbatched, *layout.shared)
+    assert set(known) <= set(argument_names(kind)), set(known) - set(argument_names(kind))
+    assert argument_names(kind)[0] == layout.sample and len(set(known)) == len(known)
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_records_name_pipelines_that_there_are(name):
+    from diffusers import pipelines
+
+    assert hasattr(diffusers, name) or hasattr(pipelines, name)
 
 
 # -- what is said ----------------------------------------------------------------------------------
@@ -270,14 +292,14 @@ class Tint:
 def test_arguments_of_unknown_layout_run_full_guidance_with_the_reason():
     pipe = tiny()
     pipe.unet.set_attn_processor(Tint())
-    extra = {"cross_attention_kwargs": {"tint": torch.tensor([0.9, 1.1])}}
+    extra = {"cross_attention_kwargs": {"tint": torch.tensor([0.9, 1.1]), "odd": torch.ones(3)}}
     stock = call(pipe, **extra)
     assert not torch.equal(stock, call(pipe))
     thg_engine.compile(pipe, HELD)
     with CountRows(pipe.unet) as count:
         assert torch.equal(call(pipe, **extra), stock)
     assert count.total == pipe.thg.stats()["last_nfe"] == 16
-    reason = "cross_attention_kwargs holds tensors of unknown layout"
+    reason = "cross_attention_kwargs has shape (3,), its batch is not 2"
     assert pipe.thg.stats()["fallbacks"] == {reason: 1}
     assert f"full guidance in 1 call(s): {reason}" in pipe.thg.report()
     call(pipe, cross_attention_kwargs={"tint": None})
@@ -289,7 +311,7 @@ def test_arguments_of_unknown_layout_run_full_guidance_with_the_reason():
 
 def test_slices_of_every_batched_argument():
     """[uncond, cond] everywhere; what is shared stays, what disagrees is refused by name."""
-    record = find_record(diffusers.StableDiffusionPipeline)
+    layout = LAYOUTS["UNet2DConditionModel"]
     pairs = torch.arange(4.0).reshape(4, 1)
     named = {
         "sample": pairs,
@@ -299,22 +321,24 @@ def test_slices_of_every_batched_argument():
         "cross_attention_kwargs": {"scale": 0.5},
         "return_dict": False,
     }
-    half = slicing.slice_half(named, record)
+    half = slicing.slice_half(named, layout, 1)
     assert torch.equal(half["sample"], pairs[2:])
     assert torch.equal(half["added_cond_kwargs"]["image_embeds"][1], pairs[2:] + 3)
     assert half["timestep"] is named["timestep"]
     assert half["cross_attention_kwargs"] == {"scale": 0.5} and half["return_dict"] is False
-    vector = slicing.slice_half({**named, "timestep": torch.arange(4)}, record)["timestep"]
+    vector = slicing.slice_half({**named, "timestep": torch.arange(4)}, layout, 1)["timestep"]
     assert vector.tolist() == [2, 3]
     for name, value in {
         "encoder_hidden_states": pairs[:2],
         "timestep": torch.arange(3),
-        "down_block_additional_residuals": (pairs,),
+        "down_block_additional_residuals": (pairs, pairs[:1]),
+        "cross_attention_kwargs": {"masks": torch.ones(3, 1)},
+        "something_new": [pairs],
     }.items():
         with pytest.raises(slicing.CannotSlice, match=name):
-            slicing.slice_half({**named, name: value}, record)
+            slicing.slice_half({**named, name: value}, layout, 1)
     with pytest.raises(slicing.CannotSlice, match="odd batch of 3"):
-        slicing.slice_half({**named, "sample": pairs[:3]}, record)
+        slicing.slice_half({**named, "sample": pairs[:3]}, layout, 1)
 
 
 def test_unknown_scheduler_is_placed_by_step_number_and_said_so():

@@ -14,9 +14,15 @@ from ...engine import Engine
 from ...errors import InvalidArgument, UnsupportedPipeline
 from ...schedule import NoiseSchedule, model_timesteps, prediction_type
 from ...solvers import get_solver
-from .adapters import RECORDS, find_record
+from .adapters import find_record
 from .compiled import denoiser_of
 from .resolve import fingerprint
+
+CALIBRATED = (
+    *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
+    "StableDiffusionInpaintPipeline",
+)
+"""Pipelines whose denoiser takes nothing but the text besides sample and timestep."""
 
 
 def calibrate(
@@ -78,9 +84,10 @@ def _origin(pipe: Any, module: Any, prompts: Sequence[str], model: str) -> dict[
 def _supported(pipe: Any) -> Any:
     """The denoiser of a pipeline that an adapter record describes."""
     record = find_record(type(pipe))
-    module = None if record is None else denoiser_of(pipe, record)
+    known = record is not None and record.pipeline in CALIBRATED
+    module = denoiser_of(pipe, record) if known and record is not None else None
     if module is None:
-        names = ", ".join(RECORDS)
+        names = ", ".join(CALIBRATED)
         raise UnsupportedPipeline(f"{type(pipe).__name__} has no adapter record ({names}).")
     return module
 

@@ -23,7 +23,8 @@ from ...errors import InvalidArgument
 from ...guidance import Guidance
 from ...plan import SamplingPlan
 from . import hook
-from .adapters import RECORDS, AdapterRecord, find_record
+from .adapters import RECORDS, AdapterRecord, find_layout, find_record
+from .asking import call_arguments
 from .callbacks import watch_callback
 from .controller import Controller, Settings
 from .resolve import load_calibration, resolve_guidance
@@ -111,9 +112,9 @@ def compile_with(pipe: Any, settings: Settings) -> Any:
     base: Any = _base_class(pipe)
     record = find_record(base)
     module = None if record is None else denoiser_of(pipe, record)
-    if record is None or module is None:
+    if record is None or module is None or find_layout(module) is None:
         resolve_guidance(settings.guidance, settings.calibration, settings.nfe, torch.nn.Module())
-        reason = _what_is_missing(base, record)
+        reason = _what_is_missing(base, record, module)
         warnings.warn(f"thg_engine leaves this pipeline as it is: {reason}.", stacklevel=4)
         vars(uncompile(pipe))["thg"] = Controller(settings, None, None, reason)
         return pipe
@@ -148,8 +149,12 @@ def denoiser_of(pipe: Any, record: AdapterRecord) -> torch.nn.Module | None:
     return module if isinstance(module, torch.nn.Module) else None
 
 
-def _what_is_missing(base: type[Any], record: AdapterRecord | None) -> str:
+def _what_is_missing(
+    base: type[Any], record: AdapterRecord | None, module: torch.nn.Module | None
+) -> str:
     """Why a pipeline of class ``base`` is left alone."""
+    if record is not None and module is not None:
+        return f"the arguments of its {type(module).__name__} are not known"
     if record is not None:
         return f"this {base.__name__} has no denoiser in .{record.denoiser}"
     return f"no adapter record describes {base.__name__} (there are: {', '.join(RECORDS)})"
@@ -174,6 +179,7 @@ def _compiled_class(base: type[Any]) -> type[Any]:
             record = controller.record
             module = None if record is None else denoiser_of(pipe, record)
             with controller.running(pipe, module) as run:
+                run.arguments = call_arguments(original, pipe, args, kwargs)
                 args, kwargs = watch_callback(original, pipe, args, kwargs, run)
                 return original(pipe, *args, **kwargs)
 

@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,8 @@ from ...lowering import guidance_rows, plan_from_timesteps
 from ...plan import SamplingPlan
 from ...schedule import model_timesteps
 from . import hook
-from .adapters import AdapterRecord
+from .adapters import AdapterRecord, find_layout
+from .asking import num_rows_of, scale_of
 from .fingerprint import processors
 from .graphed import RunGraphs
 from .planning import ChosenRows, FusedPlan, fused_plan, noise_levels
@@ -223,9 +223,12 @@ class Controller:
             raise ThgError(f"{type(pipe).__name__} has lost its denoiser; compile it again.")
         self._follow(module)
         wanted = self.settings.fused is not False
+        layout = find_layout(module)
+        if layout is None:
+            raise ThgError(f"{type(module).__name__} is no denoiser that is known; uncompile.")
         graphs = None
         if self.settings.graph is not False:
-            graphs = RunGraphs(self._graphs, processors(module), module, self.record)
+            graphs = RunGraphs(self._graphs, processors(module), module, self.record, layout)
             if hasattr(getattr(pipe, self.record.denoiser), "_orig_mod"):
                 self._graphs.refuse(WRAPPED)
                 graphs = None
@@ -233,8 +236,9 @@ class Controller:
             pipe,
             module,
             self.record,
-            lambda: self._plan_of_call(pipe),
-            partial(self._fuse, pipe) if wanted else None,
+            layout,
+            lambda: self._plan_of_call(run),
+            (lambda *args: self._fuse(run, *args)) if wanted else None,
             graphs,
         )
         token = hook.activate(run)
@@ -287,12 +291,17 @@ class Controller:
             self.tune()
         hook.attach(module, self)
 
-    def _plan_of_call(self, pipe: Any) -> tuple[tuple[GuidanceRow, ...], SamplingPlan]:
+    def _plan_of_call(self, run: PipelineRun) -> tuple[tuple[GuidanceRow, ...], SamplingPlan]:
         """Rows and plan of the call in progress: the timesteps are set, truncation is known."""
-        return self._plan(pipe.scheduler, pipe.num_timesteps, pipe.guidance_scale)
+        scale = scale_of(run.pipe, run.record, run.arguments)
+        return self._plan(run.pipe.scheduler, num_rows_of(run.pipe), scale)
 
     def _fuse(
-        self, pipe: Any, rows: tuple[GuidanceRow, ...], step_kwargs: dict[str, Any], sample: Tensor
+        self,
+        run: PipelineRun,
+        rows: tuple[GuidanceRow, ...],
+        step_kwargs: dict[str, Any],
+        sample: Tensor,
     ) -> FusedPlan | str:
         """The call's plan with solver columns, or why it has none; runs from ``sample``."""
         full = all(row.evaluates_both and row.boost == 1.0 for row in rows)
@@ -304,10 +313,10 @@ class Controller:
             return f"no backend for {sample.device.type} is ready (thg-engine doctor says why)"
         name = "none" if self.guidance is None else self.guidance.name
         return fused_plan(
-            pipe.scheduler,
-            pipe.num_timesteps,
+            run.pipe.scheduler,
+            num_rows_of(run.pipe),
             ChosenRows(name, rows),
-            pipe.guidance_scale,
+            scale_of(run.pipe, run.record, run.arguments),
             step_kwargs,
         )
 

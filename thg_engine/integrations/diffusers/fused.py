@@ -300,6 +300,8 @@ class FusedStep:
 
     def _keep(self, source: Outputs, delta_slot: float, cond_slot: float) -> None:
         """Store what a row that was given a guided output could not know."""
+        if max(delta_slot, cond_slot) < 0.0:
+            return
         values = source.values.to(self.state.registers.dtype)
         cond = self.state.ordered(values[list(source.branches.cond)])
         if delta_slot >= 0.0:

@@ -21,7 +21,7 @@ from ...fingerprint import autocast, module_fingerprint, why_not_captured
 from ...graph_cache import GraphCache, Lease
 from ...graphs import Step
 from ...step_buffers import Shape, signature_of
-from .adapters import HOOK_NAME, AdapterRecord
+from .adapters import HOOK_NAME, AdapterRecord, ArgumentLayout
 from .slicing import CannotSlice, slice_half
 
 Forward = Callable[..., Any]
@@ -34,18 +34,25 @@ class DenoiserBuffers:
         forward: the denoiser below the hook.
         named: its arguments in a call with both branches, by name.
         record: how the branches share the call.
+        layout: which arguments carry the batch.
     """
 
-    def __init__(self, forward: Forward, named: Mapping[str, Any], record: AdapterRecord) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        named: Mapping[str, Any],
+        record: AdapterRecord,
+        layout: ArgumentLayout,
+    ) -> None:
         self._forward = forward
         self._loaded: dict[int, tuple[Any, int]] = {}
-        device = named[record.arguments[0]].device
+        device = named[layout.sample].device
         # A timestep on the host would be frozen in the capture: here it is on the device.
         self.named = pytree.tree_map_only(
             Tensor, lambda value: value.to(device, copy=True), dict(named)
         )
         try:
-            self._half: dict[str, Any] | None = slice_half(self.named, record)
+            self._half: dict[str, Any] | None = slice_half(self.named, layout, record.cond_half)
         except CannotSlice:  # then every row evaluates both
             self._half = None
 
@@ -77,7 +84,7 @@ class RowBuffers(DenoiserBuffers):
     """The same with the state of a fused step, which follows the denoiser.
 
     Args:
-        forward, named, record: see `DenoiserBuffers`.
+        forward, named, record, layout: see `DenoiserBuffers`.
         shape: of the tables to come.
         x: a sample, shape ``(B, *latent)``.
         dtype: of the samples that the step returns.
@@ -94,11 +101,12 @@ class RowBuffers(DenoiserBuffers):
         forward: Forward,
         named: Mapping[str, Any],
         record: AdapterRecord,
+        layout: ArgumentLayout,
         shape: Shape,
         x: Tensor,
         dtype: torch.dtype,
     ) -> None:
-        super().__init__(forward, named, record)
+        super().__init__(forward, named, record, layout)
         blank = StepTable(blank_rows(shape.num_rows, shape.num_slots), (0,) * shape.num_rows)
         self.shape = shape
         self.state = StepState(
@@ -134,6 +142,7 @@ class RunGraphs:
         pipe_state: what the pipeline adds to the fingerprint of its denoiser.
         module: the denoiser.
         record: how the branches share a call.
+        layout: which arguments carry the batch.
     """
 
     def __init__(
@@ -142,8 +151,9 @@ class RunGraphs:
         pipe_state: Hashable,
         module: torch.nn.Module,
         record: AdapterRecord,
+        layout: ArgumentLayout,
     ) -> None:
-        self._cache, self._record, self._module = cache, record, module
+        self._cache, self._record, self._layout, self._module = cache, record, layout, module
         self._pipe_state = pipe_state
         self._forward: Forward | None = None
         self._named: Mapping[str, Any] = {}
@@ -166,7 +176,7 @@ class RunGraphs:
         lease = self._lease(
             "row",
             (shape, signature_of(x), dtype),
-            lambda: RowBuffers(forward, named, self._record, shape, x, dtype),
+            lambda: RowBuffers(forward, named, self._record, self._layout, shape, x, dtype),
         )
         return None if lease is None else lease.buffers
 
@@ -185,7 +195,8 @@ class RunGraphs:
         forward, named = self._forward, self._named
         if forward is None:
             return None
-        lease = self._lease("call", (), lambda: DenoiserBuffers(forward, named, self._record))
+        build = lambda: DenoiserBuffers(forward, named, self._record, self._layout)  # noqa: E731
+        lease = self._lease("call", (), build)
         # Copied: schedulers keep outputs, and the next replay overwrites this one.
         return pytree.tree_map_only(Tensor, torch.clone, self._replayed(lease, variant))
 
@@ -229,5 +240,5 @@ class RunGraphs:
         if reason:
             return self._cache.refuse(reason)
         fingerprint = (module_fingerprint(self._module), self._pipe_state)
-        device = self._named[self._record.arguments[0]].device
+        device = self._named[self._layout.sample].device
         return self._cache.acquire((self._signature, more), fingerprint, device, build)

@@ -25,7 +25,8 @@ from thg_kernels.step_update import BranchRows
 
 from ...guidance import GuidanceRow
 from ...plan import SamplingPlan
-from .adapters import AdapterRecord
+from .adapters import AdapterRecord, ArgumentLayout, argument_names
+from .asking import is_guided, scale_of
 from .deferred import BranchSum
 from .fused import FusedStep, Outputs
 from .graphed import RunGraphs
@@ -46,6 +47,7 @@ class PipelineRun:
         pipe: the pipeline that runs.
         module: its denoiser.
         record: its adapter record.
+        layout: which arguments of the denoiser carry the batch.
         make_plan: gives guidance rows and plan once the pipeline has set its timesteps.
         make_fused: gives the plan with solver columns for these arguments of ``scheduler.step``
             and this sample, or the reason why there is none; None: the scheduler steps.
@@ -59,6 +61,7 @@ class PipelineRun:
         fused: the fused step, once the first step has been taken by it.
         unfused: why the scheduler steps by itself, "" where it does not.
         watched: whether a callback sees the samples.
+        arguments: of the pipeline's call, by name.
     """
 
     def __init__(
@@ -66,11 +69,13 @@ class PipelineRun:
         pipe: Any,
         module: torch.nn.Module,
         record: AdapterRecord,
+        layout: ArgumentLayout,
         make_plan: Callable[[], tuple[Rows, SamplingPlan]],
         make_fused: Callable[[Rows, dict[str, Any], Tensor], FusedPlan | str] | None = None,
         graphs: RunGraphs | None = None,
     ) -> None:
-        self.pipe, self.module, self.record = pipe, module, record
+        self.pipe, self.module, self.record, self.layout = pipe, module, record, layout
+        self.arguments: Mapping[str, Any] = {}
         self._make_plan: Any = make_plan
         self._make_fused: Any = make_fused
         self.plan: SamplingPlan | None = None
@@ -115,7 +120,7 @@ class PipelineRun:
         """What the denoiser is called with in this row, and what becomes of its output."""
         index, self.calls, self._source = self.calls, self.calls + 1, None
         self._pending = None
-        if not self.pipe.do_classifier_free_guidance:
+        if not is_guided(self.pipe, self.record, self.arguments):
             # The pipeline itself feeds the conditional branch alone: nothing to save, and should
             # guidance come back later in the run, what is held would be stale.
             self.nfe += 1
@@ -125,7 +130,8 @@ class PipelineRun:
             self._rows, self.plan = self._make_plan()
             self._held = HeldGuidance(self._rows)
             self._is_full = all(row.evaluates_both and row.boost == 1.0 for row in self._rows)
-        named = {**dict(zip(self.record.arguments, args, strict=False)), **kwargs}
+        kind: Any = type(self.module)
+        named = {**dict(zip(argument_names(kind), args, strict=False)), **kwargs}
         self._watch_embeds(named)
         row, half = self._choose(index, named)
         if row is not None:
@@ -166,7 +172,7 @@ class PipelineRun:
         if fused.rolled_back == MOST_ROLLED_BACK:
             graphs.is_in_vain()
         guidance = replace(row, evaluates_both=variant == "both")
-        fused.foresee(guidance, float(self.pipe.guidance_scale))
+        fused.foresee(guidance, scale_of(self.pipe, self.record, self.arguments))
         output = graphs.replay_row(variant)
         fused.replayed()
         return output
@@ -183,7 +189,7 @@ class PipelineRun:
             return row, None
         try:
             # Tried in rows that evaluate both, too: a run that cannot hold is not boosted either.
-            half = slice_half(named, self.record)
+            half = slice_half(named, self.layout, self.record.cond_half)
         except CannotSlice as reason:
             self._fall_back(str(reason))
             return None, None

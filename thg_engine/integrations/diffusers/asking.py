@@ -1,0 +1,45 @@
+"""What a call of a pipeline in progress has been asked for; not every pipeline keeps it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ...schedule import model_timesteps
+from .adapters import AdapterRecord
+
+
+def call_arguments(
+    call: Callable[..., Any], pipe: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments of a pipeline's call by name, defaults included."""
+    try:
+        bound = inspect.signature(call).bind_partial(pipe, *args, **kwargs)
+    except TypeError:
+        return {}  # the pipeline itself will say what is wrong with its arguments
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def scale_of(pipe: Any, record: AdapterRecord, arguments: Mapping[str, Any]) -> float:
+    """w of the call at this moment; its mean where frames have one each."""
+    kept = hasattr(type(pipe), "guidance_scale")
+    scale = pipe.guidance_scale if kept else arguments[record.scale]
+    return float(scale.float().mean()) if isinstance(scale, Tensor) else float(scale)
+
+
+def is_guided(pipe: Any, record: AdapterRecord, arguments: Mapping[str, Any]) -> bool:
+    """Whether the pipeline runs both branches at this moment."""
+    if hasattr(type(pipe), "do_classifier_free_guidance"):
+        return bool(pipe.do_classifier_free_guidance)
+    return scale_of(pipe, record, arguments) > 1.0
+
+
+def num_rows_of(pipe: Any) -> int:
+    """Model calls of the run; image-to-image takes the last ones of its schedule only."""
+    if hasattr(type(pipe), "num_timesteps"):
+        return int(pipe.num_timesteps)
+    return len(model_timesteps(pipe.scheduler))
