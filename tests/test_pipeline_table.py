@@ -11,6 +11,7 @@ import pytest
 import zoo_images  # noqa: F401  (they fill the registry)
 import zoo_images2  # noqa: F401
 import zoo_images3  # noqa: F401
+import zoo_images4  # noqa: F401
 import zoo_videos  # noqa: F401
 import zoo_videos2  # noqa: F401
 import zoo_videos_audio  # noqa: F401
