@@ -467,6 +467,7 @@ def test_attention_is_chosen_and_put_back(attention):
     before = dict(pipe.unet.attn_processors)
     expected = call(thg_engine.compile(pipe, HELD))
     found = call(thg_engine.compile(pipe, HELD, attention=attention))
+    assert f"attention: {attention}" in pipe.thg.report()
     kinds = {type(one).__name__ for one in pipe.unet.attn_processors.values()}
     assert kinds == {{"sdpa": "AttnProcessor2_0", "native": "AttnProcessor"}[attention]}
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
@@ -480,6 +481,7 @@ def test_compiled_blocks_are_put_back(monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self: compiled.append(self))
     thg_engine.compile(pipe, HELD, denoiser="compile")
     assert {type(block).__name__ for block in compiled} == {"BasicTransformerBlock"}
+    assert "denoiser: repeated blocks compiled" in pipe.thg.report()
     for block in compiled:
         block._compiled_call_impl = lambda *args, **kwargs: None
     thg_engine.uncompile(pipe)

@@ -363,3 +363,9 @@ def test_unknown_scheduler_is_placed_by_step_number_and_said_so():
 def test_settings_compare_by_value():
     pipe = thg_engine.compile(tiny(), THG(grid=2))
     assert dataclasses.replace(pipe.thg.settings) == pipe.thg.settings
+
+
+@pytest.mark.parametrize("value", [None, 3, "pipe"])
+def test_uncompile_of_what_is_no_object_is_refused(value):
+    with pytest.raises(InvalidArgument, match="pipe="):
+        thg_engine.uncompile(value)

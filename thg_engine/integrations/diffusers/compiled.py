@@ -133,6 +133,8 @@ def uncompile(pipe: Any) -> Any:
     Returns:
         The pipeline; one that was never compiled comes back as it is.
     """
+    if not hasattr(pipe, "__dict__"):
+        raise InvalidArgument("pipe", pipe, "give the pipeline that was compiled.")
     controller = vars(pipe).pop("thg", None)
     if isinstance(controller, Controller) and controller.module is not None:
         hook.detach(controller.module, controller)
@@ -157,7 +159,7 @@ def _what_is_missing(
         return f"the arguments of its {type(module).__name__} are not known"
     if record is not None:
         return f"this {base.__name__} has no denoiser in .{record.denoiser}"
-    return f"no adapter record describes {base.__name__} (there are: {', '.join(RECORDS)})"
+    return f"no adapter record describes {base.__name__} ({len(RECORDS)} pipelines have one)"
 
 
 def _base_class(pipe: Any) -> type[Any]:

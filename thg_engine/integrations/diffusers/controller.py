@@ -165,6 +165,7 @@ class Controller:
             "  guidance hook: on; one state for tortoise and hare (exact for first-order solvers)",
             self._step_line(),
             self._graph_line(),
+            *self._tuning_lines(),
         ]
         fallbacks = self.stats()["fallbacks"]
         lines += [f"  full guidance in {n} call(s): {why}" for why, n in fallbacks.items()]
@@ -180,6 +181,12 @@ class Controller:
         if run.unfused:
             return f"  fused step: off; {run.unfused}"
         return f"  fused step: {run.fused_steps} row(s) on the {run.backend} backend"
+
+    def _tuning_lines(self) -> list[str]:
+        """What has been changed of the denoiser."""
+        settings = self.settings
+        lines = ["  denoiser: repeated blocks compiled"] if settings.denoiser else []
+        return [*lines, f"  attention: {settings.attention}"] if settings.attention else lines
 
     def _graph_line(self) -> str:
         """What is replayed."""
@@ -198,6 +205,8 @@ class Controller:
         """The last call in the report."""
         run = self._last
         if run is None:
+            if self.plan is None:
+                return ["  no call yet; thg.preview(scheduler, num_inference_steps) shows a plan"]
             return ["  no call yet; print(pipe.thg.plan.explain()) shows the plan of 50 steps"]
         if run.plan is None:
             return [f"  last call: NFE {run.nfe}, guidance was off (guidance_scale <= 1)"]
