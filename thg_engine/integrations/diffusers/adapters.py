@@ -8,7 +8,7 @@ prompts a batch of 2 looks like guidance.
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -48,7 +48,12 @@ _UNET = ArgumentLayout(
 )
 LAYOUTS: dict[str, ArgumentLayout] = {
     "UNet2DConditionModel": _UNET,
-    "UNetMotionModel": replace(_UNET, repeated=("encoder_hidden_states", "added_cond_kwargs")),
+    "UNetMotionModel": ArgumentLayout(
+        "sample",
+        ("encoder_hidden_states", "attention_mask", "added_cond_kwargs", *_UNET_RESIDUALS[:2]),
+        ("timestep", "timestep_cond", "cross_attention_kwargs"),
+        repeated=("encoder_hidden_states", "added_cond_kwargs"),
+    ),
     "UNetSpatioTemporalConditionModel": ArgumentLayout(
         "sample", ("encoder_hidden_states", "added_time_ids")
     ),
