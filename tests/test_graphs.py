@@ -603,6 +603,18 @@ def test_kill_switches(monkeypatch, switch):
     assert engine.stats()["replays"] == plan().num_rows
 
 
+def test_where_there_are_no_graphs_nobody_looks_at_the_network(monkeypatch):
+    """That takes some milliseconds, in every call."""
+    looked = []
+    monkeypatch.setattr(
+        "thg_engine.engine.module_fingerprint", lambda module: looked.append(module)
+    )
+    Engine(Network()).sample(*inputs(), plan())
+    assert not looked
+    make_engine()[0].sample(*inputs(), plan())
+    assert looked
+
+
 def test_there_are_no_graphs_on_a_cpu_nor_in_double_precision(device):
     engine = Engine(Network())
     engine.sample(*inputs(), plan())

@@ -275,7 +275,7 @@ class Engine:
             return self._graphs.refuse(reason or "the reference backend asks the device")
         return self._graphs.acquire(
             signature,
-            module_fingerprint(self._watch),
+            lambda: module_fingerprint(self._watch),
             x_T.device,
             lambda: StepBuffers(self._call, x_T, cond, uncond, shape, pattern),
             warms_up=warms_up,

@@ -123,7 +123,7 @@ class GraphCache:
     def acquire(
         self,
         signature: Hashable,
-        fingerprint: Hashable,
+        fingerprint: Callable[[], Hashable],
         device: torch.device,
         build: Callable[[], Any],
         *,
@@ -134,7 +134,8 @@ class GraphCache:
         Args:
             signature: all that a graph is specialised on: shapes, strides, dtypes, device, values
                 of plain arguments.
-            fingerprint: the state of the denoiser; another one than last time drops all graphs.
+            fingerprint: gives the state of the denoiser, whose change drops all graphs; asked only
+                where there may be graphs, since it looks at every part of the network.
             device: where the run is.
             build: makes the static buffers, with a method ``steps()`` that gives what to capture.
             warms_up: the caller asks for a capture now.
@@ -191,7 +192,11 @@ class GraphCache:
         }
 
     def _find(
-        self, signature: Hashable, fingerprint: Hashable, device: torch.device, warms_up: bool
+        self,
+        signature: Hashable,
+        fingerprint: Callable[[], Hashable],
+        device: torch.device,
+        warms_up: bool,
     ) -> _Entry | str:
         """The entry of a signature, leased, or why there is none."""
         switch = next((name for name in KILL_SWITCHES if os.environ.get(name) == "1"), None)
@@ -201,11 +206,12 @@ class GraphCache:
             return f"there are no graphs on {device.type}"
         if self.cuda.is_current_stream_capturing():
             return "the caller is capturing a graph itself"
+        state = fingerprint()
         with self._lock:
-            self._changes = self._changes + 1 if fingerprint != self._fingerprint else 0
+            self._changes = self._changes + 1 if state != self._fingerprint else 0
             if self._changes:
                 self._flush()
-                self._fingerprint = fingerprint
+                self._fingerprint = state
             if self._changes > MOST_CHANGES:  # a counter among its attributes, say
                 return "the network has been another one in each of the last calls"
             entry = self._entries.get(signature)

@@ -239,6 +239,10 @@ class RunGraphs:
             reason = "an argument of the denoiser is neither tensor nor value"
         if reason:
             return self._cache.refuse(reason)
-        fingerprint = (module_fingerprint(self._module), self._pipe_state)
         device = self._named[self._layout.sample].device
-        return self._cache.acquire((self._signature, more), fingerprint, device, build)
+        return self._cache.acquire(
+            (self._signature, more),
+            lambda: (module_fingerprint(self._module), self._pipe_state),
+            device,
+            build,
+        )
