@@ -25,7 +25,7 @@ import zoo_videos  # noqa: F401
 import zoo_videos2  # noqa: F401
 import zoo_videos_audio  # noqa: F401
 from scan_pipelines import scan
-from thg_engine.integrations.diffusers.adapters import RECORDS
+from thg_engine.integrations.diffusers.records import RECORDS
 from zoo import ZOO, Zoo, arguments, build
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -279,8 +279,9 @@ def test_inference_mode_and_no_grad_give_the_same():
 @pytest.mark.fake_only
 def test_a_timestep_on_the_host_moves_to_the_device():
     """A capture would freeze its value."""
-    from thg_engine.integrations.diffusers.adapters import LAYOUTS, RECORDS
     from thg_engine.integrations.diffusers.graphed import DenoiserBuffers
+    from thg_engine.integrations.diffusers.layouts import LAYOUTS
+    from thg_engine.integrations.diffusers.records import RECORDS
 
     sample = torch.empty(2, 4, 8, 8, device="meta")
     named = {"sample": sample, "timestep": torch.tensor(7), "return_dict": False}

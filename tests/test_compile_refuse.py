@@ -14,12 +14,9 @@ from pipelines import CountRows, call, ddim, tiny
 from thg_engine import CFG, THG, Calibration, SamplingPlan
 from thg_engine.errors import CalibrationError, InvalidArgument
 from thg_engine.integrations.diffusers import slicing
-from thg_engine.integrations.diffusers.adapters import (
-    LAYOUTS,
-    RECORDS,
-    argument_names,
-    find_record,
-)
+from thg_engine.integrations.diffusers.adapters import argument_names, find_record
+from thg_engine.integrations.diffusers.layouts import LAYOUTS
+from thg_engine.integrations.diffusers.records import RECORDS
 from thg_engine.integrations.diffusers.resolve import fingerprint
 from thg_engine.lowering import plan_from_solver
 from thg_engine.schedule import NoiseSchedule

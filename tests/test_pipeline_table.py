@@ -16,7 +16,7 @@ import zoo_videos  # noqa: F401
 import zoo_videos2  # noqa: F401
 import zoo_videos_audio  # noqa: F401
 from scan_pipelines import exported
-from thg_engine.integrations.diffusers.adapters import RECORDS
+from thg_engine.integrations.diffusers.records import RECORDS
 from zoo import ZOO
 
 TABLE = json.loads(

@@ -14,7 +14,7 @@ import zoo_videos  # noqa: F401
 import zoo_videos2  # noqa: F401
 import zoo_videos_audio  # noqa: F401
 from thg_engine import CFG, THG
-from thg_engine.integrations.diffusers.adapters import RECORDS
+from thg_engine.integrations.diffusers.records import RECORDS
 from zoo import ZOO, Zoo, arguments, build, tensor
 
 pytestmark = [

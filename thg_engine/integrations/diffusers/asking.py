@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ...schedule import model_timesteps
-from .adapters import AdapterRecord
+from .adapter_types import AdapterRecord
 
 
 def call_arguments(

@@ -23,10 +23,12 @@ from ...errors import InvalidArgument
 from ...guidance import Guidance
 from ...plan import SamplingPlan
 from . import hook
-from .adapters import RECORDS, AdapterRecord, find_layout, find_record
+from .adapter_types import AdapterRecord
+from .adapters import find_layout, find_record
 from .asking import call_arguments
 from .callbacks import watch_callback
 from .controller import Controller, Settings
+from .records import RECORDS
 from .resolve import load_calibration, resolve_guidance
 from .tuning import check_tuning
 

@@ -23,7 +23,8 @@ from ...lowering import guidance_rows, plan_from_timesteps
 from ...plan import SamplingPlan
 from ...schedule import model_timesteps
 from . import hook
-from .adapters import AdapterRecord, find_layout
+from .adapter_types import AdapterRecord
+from .adapters import find_layout
 from .asking import num_rows_of, scale_of
 from .fingerprint import processors
 from .graphed import RunGraphs

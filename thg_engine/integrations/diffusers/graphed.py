@@ -21,7 +21,8 @@ from ...fingerprint import autocast, module_fingerprint, why_not_captured
 from ...graph_cache import GraphCache, Lease
 from ...graphs import Step
 from ...step_buffers import Shape, signature_of
-from .adapters import HOOK_NAME, AdapterRecord, ArgumentLayout
+from .adapter_types import AdapterRecord, ArgumentLayout
+from .adapters import HOOK_NAME
 from .slicing import CannotSlice, slice_half
 
 Forward = Callable[..., Any]

@@ -25,7 +25,8 @@ from thg_kernels.step_update import BranchRows
 
 from ...guidance import GuidanceRow
 from ...plan import SamplingPlan
-from .adapters import AdapterRecord, ArgumentLayout, argument_names
+from .adapter_types import AdapterRecord, ArgumentLayout
+from .adapters import argument_names
 from .asking import is_guided, scale_of
 from .deferred import BranchSum
 from .fused import FusedStep, Outputs

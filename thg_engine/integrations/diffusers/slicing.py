@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from .adapters import ArgumentLayout
+from .adapter_types import ArgumentLayout
 
 
 class CannotSlice(Exception):
