@@ -5,10 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import zoo_images  # noqa: F401  (they fill the registry)
-import zoo_images2  # noqa: F401
-import zoo_images3  # noqa: F401
-import zoo_images4  # noqa: F401
+import zoo_all  # noqa: F401  (it fills the registry)
 from zoo import ZOO, Zoo, arguments, build, call
 
 # What "you passed two prompts and one image" says is meant here.

@@ -6,13 +6,7 @@ import pytest
 import torch
 
 import thg_engine
-import zoo_images  # noqa: F401  (they fill the registry)
-import zoo_images2  # noqa: F401
-import zoo_images3  # noqa: F401
-import zoo_images4  # noqa: F401
-import zoo_videos  # noqa: F401
-import zoo_videos2  # noqa: F401
-import zoo_videos_audio  # noqa: F401
+import zoo_all  # noqa: F401  (it fills the registry)
 from thg_engine import CFG, THG
 from thg_engine.integrations.diffusers.records import RECORDS
 from zoo import ZOO, Zoo, arguments, build, tensor

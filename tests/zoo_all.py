@@ -1,0 +1,19 @@
+"""Every module of the zoo: importing this one fills the registry."""
+
+from __future__ import annotations
+
+import zoo_images
+import zoo_images2
+import zoo_images3
+import zoo_images4
+import zoo_videos
+import zoo_videos2
+import zoo_videos_audio
+from zoo import ZOO
+
+MODULES = (
+    *(zoo_images, zoo_images2, zoo_images3, zoo_images4),
+    *(zoo_videos, zoo_videos2, zoo_videos_audio),
+)
+
+__all__ = ["MODULES", "ZOO"]
