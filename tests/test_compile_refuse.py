@@ -213,8 +213,10 @@ def test_adapter_knows_the_signature_of_the_unet():
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_name_arguments_that_there_are(name):
     from diffusers import models
+    from diffusers.pipelines import wuerstchen
 
-    kind = getattr(diffusers, name, None) or getattr(models, name)
+    homes = (diffusers, models, wuerstchen)
+    kind = next(getattr(home, name) for home in homes if hasattr(home, name))
     layout = LAYOUTS[name]
     known = (layout.sample, *layout.batched, *layout.unbatched, *layout.shared)
     assert set(known) <= set(argument_names(kind)), set(known) - set(argument_names(kind))

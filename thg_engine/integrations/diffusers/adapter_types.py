@@ -20,6 +20,11 @@ class ArgumentLayout:
         unbatched: arguments whose tensors may also be shared by both halves (batch 1 or none).
         shared: arguments whose tensors never carry the batch.
         repeated: batched arguments that may have several rows for one of the sample, its frames.
+        second: batched arguments whose tensors carry the batch in dim 1.
+        lists: arguments that are lists with one item per row of the batch; may be the sample.
+        outputs: how many of the denoiser's outputs, counted from the first, are guided.
+        drops: whether pipelines feed one branch alone for a part of a guided run and do not say
+            so; the halves of the sample are then compared before a call is taken for doubled.
     """
 
     sample: str
@@ -27,6 +32,10 @@ class ArgumentLayout:
     unbatched: tuple[str, ...] = ("timestep",)
     shared: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
+    second: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+    outputs: int = 1
+    drops: bool = False
 
 
 @dataclass(frozen=True)

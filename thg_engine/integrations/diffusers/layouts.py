@@ -17,6 +17,37 @@ _UNET = ArgumentLayout(
 )
 LAYOUTS: dict[str, ArgumentLayout] = {
     "UNet2DConditionModel": _UNET,
+    "UNetControlNetXSModel": ArgumentLayout(
+        "sample",
+        ("encoder_hidden_states", "controlnet_cond", "class_labels", "added_cond_kwargs"),
+        ("timestep", "timestep_cond", "attention_mask", "cross_attention_kwargs"),
+    ),
+    "UNet3DConditionModel": ArgumentLayout(
+        "sample",
+        ("encoder_hidden_states", "class_labels", "attention_mask", *_UNET_RESIDUALS[:2]),
+        ("timestep", "timestep_cond", "cross_attention_kwargs"),
+    ),
+    "I2VGenXLUNet": ArgumentLayout(
+        "sample",
+        ("encoder_hidden_states", "fps", "image_latents", "image_embeddings"),
+        ("timestep", "timestep_cond", "cross_attention_kwargs"),
+    ),
+    "Kandinsky3UNet": ArgumentLayout("sample", _TEXT),
+    "StableCascadeUNet": ArgumentLayout(
+        "sample",
+        ("timestep_ratio", "clip_text_pooled", "clip_text", "clip_img", "effnet", "pixels"),
+        ("sca", "crp"),
+    ),
+    "WuerstchenPrior": ArgumentLayout("x", ("r", "c"), ()),
+    "WuerstchenDiffNeXt": ArgumentLayout("x", ("r", "effnet", "clip"), ()),
+    "PriorTransformer": ArgumentLayout(
+        "hidden_states", ("proj_embedding", "encoder_hidden_states", "attention_mask")
+    ),
+    "UVit2DModel": ArgumentLayout(
+        "input_ids",
+        ("encoder_hidden_states", "pooled_text_emb", "micro_conds"),
+        ("cross_attention_kwargs",),
+    ),
     "UNetMotionModel": ArgumentLayout(
         "sample",
         ("encoder_hidden_states", "attention_mask", "added_cond_kwargs", *_UNET_RESIDUALS[:2]),
@@ -74,5 +105,75 @@ LAYOUTS: dict[str, ArgumentLayout] = {
     "LatteTransformer3DModel": ArgumentLayout("hidden_states", _TEXT),
     "AllegroTransformer3DModel": ArgumentLayout(
         "hidden_states", (*_TEXT, "attention_mask"), ("timestep",), ("image_rotary_emb",)
+    ),
+    "CogView3PlusTransformer2DModel": ArgumentLayout(
+        "hidden_states", ("encoder_hidden_states", "original_size", "target_size", "crop_coords")
+    ),
+    "HiDreamImageTransformer2DModel": ArgumentLayout(
+        "hidden_states",
+        (
+            *("encoder_hidden_states_t5", "encoder_hidden_states_llama3", "pooled_embeds"),
+            *("img_ids", "img_sizes", "hidden_states_masks"),
+        ),
+        ("timesteps", "attention_kwargs"),
+        second=("encoder_hidden_states_llama3",),
+    ),
+    "ZImageTransformer2DModel": ArgumentLayout(
+        "x",
+        ("controlnet_block_samples",),
+        ("t",),
+        lists=("x", "cap_feats", "siglip_feats", "image_noise_mask"),
+        drops=True,
+    ),
+    "BriaTransformer2DModel": ArgumentLayout(
+        "hidden_states",
+        ("encoder_hidden_states", "pooled_projections", "guidance", "attention_kwargs"),
+        shared=("img_ids", "txt_ids"),  # of a batch, the network reads the first
+    ),
+    "BriaFiboTransformer2DModel": ArgumentLayout(
+        "hidden_states",
+        (
+            *("encoder_hidden_states", "text_encoder_layers", "pooled_projections"),
+            *("guidance", "joint_attention_kwargs"),
+        ),
+        shared=("img_ids", "txt_ids"),
+    ),
+    "EasyAnimateTransformer3DModel": ArgumentLayout(
+        "hidden_states",
+        (
+            *("encoder_hidden_states", "encoder_hidden_states_t5"),
+            *("inpaint_latents", "control_latents"),
+        ),
+        ("timestep", "timestep_cond"),
+    ),
+    "ErnieImageTransformer2DModel": ArgumentLayout("hidden_states", ("text_bth", "text_lens")),
+    "PRXTransformer2DModel": ArgumentLayout(
+        "hidden_states", ("encoder_hidden_states", "attention_mask")
+    ),
+    "SanaVideoTransformer3DModel": ArgumentLayout(
+        "hidden_states", (*_TEXT, "guidance", "attention_mask", "controlnet_block_samples")
+    ),
+    "Transformer2DModel": ArgumentLayout(
+        "hidden_states",
+        (*_TEXT, "class_labels", "attention_mask", "added_cond_kwargs"),
+        ("timestep", "cross_attention_kwargs"),
+    ),
+    "AceStepTransformer1DModel": ArgumentLayout(
+        "hidden_states",
+        ("timestep", "timestep_r", "encoder_hidden_states", "context_latents"),
+        (),
+        drops=True,
+    ),
+    "LTX2VideoTransformer3DModel": ArgumentLayout(
+        "hidden_states",
+        (
+            *("audio_hidden_states", "audio_encoder_hidden_states", "audio_encoder_attention_mask"),
+            *(*_TEXT, "video_self_attention_mask", "video_keyframes_mask"),
+        ),
+        (
+            *("timestep", "audio_timestep", "sigma", "audio_sigma"),
+            *("video_coords", "audio_coords", "perturbation_mask"),
+        ),
+        outputs=2,
     ),
 }

@@ -12,6 +12,7 @@ _UNETS = (
     *("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
     *("StableDiffusionXLInpaintPipeline", "StableDiffusionXLControlNetPipeline"),
     *("StableDiffusionXLControlNetImg2ImgPipeline", "StableDiffusionXLAdapterPipeline"),
+    *("StableDiffusionUpscalePipeline", "IFPipeline"),
     *("KolorsPipeline", "AnimateDiffPipeline", "KandinskyV22Pipeline", "AudioLDM2Pipeline"),
 )
 _TRANSFORMERS = (
@@ -20,6 +21,7 @@ _TRANSFORMERS = (
     *("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "HunyuanDiTPipeline"),
     *("AuraFlowPipeline", "StableAudioPipeline", "CogVideoXPipeline"),
     *("CogVideoXImageToVideoPipeline", "MochiPipeline", "LTXPipeline"),
+    *("HiDreamImagePipeline", "HunyuanDiTControlNetPipeline", "CogView3PlusPipeline"),
     *("LTXImageToVideoPipeline", "LTXConditionPipeline", "LattePipeline", "AllegroPipeline"),
 )
 RECORDS: dict[str, AdapterRecord] = {
@@ -30,5 +32,6 @@ RECORDS: dict[str, AdapterRecord] = {
         AdapterRecord("StableVideoDiffusionPipeline", scale="max_guidance_scale"),
         AdapterRecord("DiTPipeline", "transformer", cond_half=0),
         AdapterRecord("LuminaPipeline", "transformer", cond_half=0),
+        AdapterRecord("StableCascadePriorPipeline", "prior", cond_half=0),
     )
 }
