@@ -213,9 +213,9 @@ def test_adapter_knows_the_signature_of_the_unet():
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layouts_name_arguments_that_there_are(name):
     from diffusers import models
-    from diffusers.pipelines import wuerstchen
 
-    homes = (diffusers, models, wuerstchen)
+    beside = (diffusers.WuerstchenPriorPipeline, diffusers.WuerstchenDecoderPipeline)
+    homes = (diffusers, models, *(inspect.getmodule(pipeline) for pipeline in beside))
     kind = next(getattr(home, name) for home in homes if hasattr(home, name))
     layout = LAYOUTS[name]
     known = (layout.sample, *layout.batched, *layout.unbatched, *layout.shared)

@@ -25,6 +25,8 @@ class ArgumentLayout:
         outputs: how many of the denoiser's outputs, counted from the first, are guided.
         drops: whether pipelines feed one branch alone for a part of a guided run and do not say
             so; the halves of the sample are then compared before a call is taken for doubled.
+        extras: arguments that are set in calls besides those of a row, for guidance of another
+            kind (blocks left out, picture and sound kept apart); such calls hold one branch.
     """
 
     sample: str
@@ -36,6 +38,7 @@ class ArgumentLayout:
     lists: tuple[str, ...] = ()
     outputs: int = 1
     drops: bool = False
+    extras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

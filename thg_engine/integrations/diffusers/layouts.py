@@ -175,5 +175,6 @@ LAYOUTS: dict[str, ArgumentLayout] = {
             *("video_coords", "audio_coords", "perturbation_mask"),
         ),
         outputs=2,
+        extras=("isolate_modalities", "spatio_temporal_guidance_blocks"),
     ),
 }

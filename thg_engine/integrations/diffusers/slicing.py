@@ -16,6 +16,11 @@ class CannotSlice(Exception):
     """Why a call cannot run on half of its batch."""
 
 
+def is_extra(named: Mapping[str, Any], layout: ArgumentLayout) -> bool:
+    """Whether the call is one of another kind of guidance, besides that of its row."""
+    return any(named.get(argument) for argument in layout.extras)
+
+
 def is_doubled(named: Mapping[str, Any], layout: ArgumentLayout) -> bool:
     """Whether the call holds both branches, where the layout says that it may not."""
     if not layout.drops:
