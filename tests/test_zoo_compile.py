@@ -8,6 +8,8 @@ import torch
 import thg_engine
 import zoo_all  # noqa: F401  (it fills the registry)
 from thg_engine import CFG, THG
+from thg_engine.integrations.diffusers.adapters import find_layout
+from thg_engine.integrations.diffusers.outputs import sample_of, with_sample
 from thg_engine.integrations.diffusers.records import RECORDS
 from zoo import ZOO, Zoo, arguments, build, tensor
 
@@ -45,13 +47,13 @@ class Network:
 
     def __init__(self, pipe, entry: Zoo) -> None:
         self.module = getattr(pipe, entry.denoiser)
-        self.forward = self.module.forward
+        self.forward, self.layout = self.module.forward, find_layout(self.module)
         self.rows: list[int] = []
 
     def __enter__(self) -> Network:
         def forward(*args, **kwargs):
             out = self.forward(*args, **kwargs)
-            self.rows.append(len(out[0]))
+            self.rows.append(len(sample_of(out, self.layout)))
             return out
 
         forward.__wrapped__ = self.forward
@@ -76,14 +78,14 @@ class ByHand(Network):
     def __enter__(self) -> ByHand:
         def forward(*args, **kwargs):
             out = self.forward(*args, **kwargs)
-            halves = out[0].chunk(2)
+            halves = sample_of(out, self.layout).chunk(2)
             cond, uncond = halves[self.cond_half], halves[1 - self.cond_half]
             if len(self.rows) in self.coarse:
                 self.delta = cond.float() - uncond.float()
             else:
                 made = (cond.float() - self.delta).to(cond.dtype)
                 pair = torch.cat([made, cond] if self.cond_half else [cond, made])
-                out = (pair, *out[1:]) if isinstance(out, tuple) else type(out)(sample=pair)
+                out = with_sample(out, pair, self.layout)
             self.rows.append(2)
             return out
 

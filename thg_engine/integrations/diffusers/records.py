@@ -12,7 +12,18 @@ _UNETS = (
     *("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
     *("StableDiffusionXLInpaintPipeline", "StableDiffusionXLControlNetPipeline"),
     *("StableDiffusionXLControlNetImg2ImgPipeline", "StableDiffusionXLAdapterPipeline"),
-    *("StableDiffusionUpscalePipeline", "IFPipeline"),
+    *("StableDiffusionUpscalePipeline", "StableDiffusionLatentUpscalePipeline"),
+    *("StableDiffusionDepth2ImgPipeline", "StableDiffusionImageVariationPipeline"),
+    *("StableDiffusionLDM3DPipeline", "StableDiffusionControlNetXSPipeline"),
+    *("StableDiffusionXLControlNetXSPipeline", "StableDiffusionXLControlNetInpaintPipeline"),
+    *("StableDiffusionXLControlNetUnionPipeline", "StableUnCLIPImg2ImgPipeline"),
+    *("StableDiffusionXLControlNetUnionImg2ImgPipeline", "StableUnCLIPPipeline"),
+    *("StableDiffusionXLControlNetUnionInpaintPipeline", "IFPipeline", "IFImg2ImgPipeline"),
+    *("IFInpaintingPipeline", "IFSuperResolutionPipeline", "IFImg2ImgSuperResolutionPipeline"),
+    *("IFInpaintingSuperResolutionPipeline", "KandinskyPipeline", "KandinskyImg2ImgPipeline"),
+    *("KandinskyInpaintPipeline", "KandinskyV22Img2ImgPipeline", "KandinskyV22InpaintPipeline"),
+    *("KandinskyV22ControlnetPipeline", "KandinskyV22ControlnetImg2ImgPipeline"),
+    *("Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline"),
     *("KolorsPipeline", "AnimateDiffPipeline", "KandinskyV22Pipeline", "AudioLDM2Pipeline"),
 )
 _TRANSFORMERS = (
@@ -21,6 +32,7 @@ _TRANSFORMERS = (
     *("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "HunyuanDiTPipeline"),
     *("AuraFlowPipeline", "StableAudioPipeline", "CogVideoXPipeline"),
     *("CogVideoXImageToVideoPipeline", "MochiPipeline", "LTXPipeline"),
+    *("StableDiffusion3ControlNetInpaintingPipeline", "SanaControlNetPipeline"),
     *("HiDreamImagePipeline", "HunyuanDiTControlNetPipeline", "CogView3PlusPipeline"),
     *("LTXImageToVideoPipeline", "LTXConditionPipeline", "LattePipeline", "AllegroPipeline"),
 )
@@ -33,5 +45,6 @@ RECORDS: dict[str, AdapterRecord] = {
         AdapterRecord("DiTPipeline", "transformer", cond_half=0),
         AdapterRecord("LuminaPipeline", "transformer", cond_half=0),
         AdapterRecord("StableCascadePriorPipeline", "prior", cond_half=0),
+        AdapterRecord("StableCascadeDecoderPipeline", "decoder", cond_half=0),
     )
 }
