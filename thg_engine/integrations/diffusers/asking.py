@@ -38,8 +38,20 @@ def is_guided(pipe: Any, record: AdapterRecord, arguments: Mapping[str, Any]) ->
     return scale_of(pipe, record, arguments) > 1.0
 
 
-def num_rows_of(pipe: Any) -> int:
-    """Model calls of the run; image-to-image takes the last ones of its schedule only."""
+def num_rows_of(pipe: Any, arguments: Mapping[str, Any] | None = None) -> int:
+    """Model calls of the run; image-to-image takes the last ones of its schedule only.
+
+    Args:
+        pipe: its timesteps are set.
+        arguments: of the call, for pipelines that keep no count.
+    """
     if hasattr(type(pipe), "num_timesteps"):
         return int(pipe.num_timesteps)
-    return len(model_timesteps(pipe.scheduler))
+    num_rows = len(model_timesteps(pipe.scheduler))
+    given = arguments or {}
+    strength = given.get("strength", given.get("inpaint_strength"))
+    if strength is None:
+        return num_rows
+    num_steps = int(given["num_inference_steps"])
+    left_out = num_steps - min(int(num_steps * strength), num_steps)
+    return num_rows - left_out * int(getattr(pipe.scheduler, "order", 1))
