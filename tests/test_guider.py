@@ -265,6 +265,18 @@ def test_guidance_that_pauses_comes_back_fresh() -> None:
     assert asked == [2, 1, 1, 2, 1, 1]
 
 
+def test_guidance_that_comes_later_is_stocks() -> None:
+    """A callback that raises the scale during the run: no plan knew of it."""
+    given = outputs()
+    for guider in (TortoiseHareGuidance(1.0, guidance=THG(grid=2)), ClassifierFreeGuidance(1.0)):
+        done = []
+        for i in range(4):
+            guider.guidance_scale = 1.0 if i < 2 else 5.0
+            done.append(step(guider, i, given))
+        assert [asked for _, asked in done] == [1, 1, 2, 2]
+        assert torch.equal(done[3][0].pred, given[3][1] + 5.0 * (given[3][0] - given[3][1]))
+
+
 def test_gradients_are_not_held() -> None:
     guider, given = TortoiseHareGuidance(guidance=THG(grid=2)), outputs()
     given = [(c.requires_grad_(), u) for c, u in given]

@@ -177,7 +177,7 @@ class TortoiseHareGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         if not self._is_ever_guided:
             window = Window(0, 0)
         rows, plan = plan_run(method, levels, window, float(scale))
-        return GuiderRun(rows, plan, step)
+        return GuiderRun(rows, plan, window, step)
 
     @property
     def _is_ever_guided(self) -> bool:
