@@ -8,15 +8,18 @@ import zoo_images3
 import zoo_images4
 import zoo_images5
 import zoo_images6
+import zoo_images7
 import zoo_videos
 import zoo_videos2
+import zoo_videos3
+import zoo_videos4
 import zoo_videos_audio
 from zoo import ZOO
 
 MODULES = (
     *(zoo_images, zoo_images2, zoo_images3, zoo_images4, zoo_images5),
-    *(zoo_images6,),
-    *(zoo_videos, zoo_videos2, zoo_videos_audio),
+    *(zoo_images6, zoo_images7),
+    *(zoo_videos, zoo_videos2, zoo_videos3, zoo_videos4, zoo_videos_audio),
 )
 
 __all__ = ["MODULES", "ZOO"]

@@ -52,7 +52,7 @@ LAYOUTS: dict[str, ArgumentLayout] = {
         "sample",
         ("encoder_hidden_states", "attention_mask", "added_cond_kwargs", *_UNET_RESIDUALS[:2]),
         ("timestep", "timestep_cond", "cross_attention_kwargs"),
-        repeated=("encoder_hidden_states", "added_cond_kwargs"),
+        repeated=("encoder_hidden_states", "added_cond_kwargs", *_UNET_RESIDUALS[:2]),
     ),
     "UNetSpatioTemporalConditionModel": ArgumentLayout(
         "sample", ("encoder_hidden_states", "added_time_ids")

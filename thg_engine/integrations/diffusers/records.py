@@ -24,6 +24,11 @@ _UNETS = (
     *("KandinskyInpaintPipeline", "KandinskyV22Img2ImgPipeline", "KandinskyV22InpaintPipeline"),
     *("KandinskyV22ControlnetPipeline", "KandinskyV22ControlnetImg2ImgPipeline"),
     *("Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline"),
+    *("StableDiffusionDiffEditPipeline", "PaintByExamplePipeline", "PIAPipeline"),
+    *("AnimateDiffControlNetPipeline", "AnimateDiffVideoToVideoPipeline"),
+    *("AnimateDiffVideoToVideoControlNetPipeline", "AnimateDiffSparseControlNetPipeline"),
+    *("AnimateDiffSDXLPipeline", "TextToVideoSDPipeline", "VideoToVideoSDPipeline"),
+    *("I2VGenXLPipeline",),
     *("KolorsPipeline", "AnimateDiffPipeline", "KandinskyV22Pipeline", "AudioLDM2Pipeline"),
 )
 _TRANSFORMERS = (
@@ -33,6 +38,8 @@ _TRANSFORMERS = (
     *("AuraFlowPipeline", "StableAudioPipeline", "CogVideoXPipeline"),
     *("CogVideoXImageToVideoPipeline", "MochiPipeline", "LTXPipeline"),
     *("StableDiffusion3ControlNetInpaintingPipeline", "SanaControlNetPipeline"),
+    *("CogVideoXVideoToVideoPipeline", "CogVideoXFunControlPipeline"),
+    *("BriaPipeline", "BriaFiboPipeline", "PRXPipeline", "ErnieImagePipeline"),
     *("HiDreamImagePipeline", "HunyuanDiTControlNetPipeline", "CogView3PlusPipeline"),
     *("LTXImageToVideoPipeline", "LTXConditionPipeline", "LattePipeline", "AllegroPipeline"),
 )

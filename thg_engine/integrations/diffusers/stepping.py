@@ -73,6 +73,11 @@ def _scaling(original: Any) -> Any:
     return scale_model_input
 
 
+def _unscaled(self: Any, sample: Any, *args: Any, **kwargs: Any) -> Any:
+    """For pipelines that compare the type of a scheduler that has none: ours is another."""
+    return sample
+
+
 @functools.cache
 def _stepped_class(base: type[Any]) -> type[Any]:
     """The subclass of ``base`` whose ``step`` asks the run; carries the name of ``base``."""
@@ -100,8 +105,8 @@ def _stepped_class(base: type[Any]) -> type[Any]:
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,
     }
-    if hasattr(base, "scale_model_input"):
-        body["scale_model_input"] = _scaling(base.scale_model_input)
+    scales = getattr(base, "scale_model_input", None)
+    body["scale_model_input"] = _unscaled if scales is None else _scaling(scales)
     return type(base.__name__, (SteppedScheduler, base), body)
 
 
