@@ -20,6 +20,7 @@ class ArgumentLayout:
         unbatched: arguments whose tensors may also be shared by both halves (batch 1 or none).
         shared: arguments whose tensors never carry the batch.
         repeated: batched arguments that may have several rows for one of the sample, its frames.
+        residuals: batched arguments that companions have made, a ControlNet say.
     """
 
     sample: str
@@ -27,6 +28,7 @@ class ArgumentLayout:
     unbatched: tuple[str, ...] = ("timestep",)
     shared: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
+    residuals: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class AdapterRecord:
         experts: attributes of further denoisers, which take over in the course of a run.
         companions: attributes of networks that are called before the denoiser in every step with
             the same batch, and whose answers it is given (a ControlNet).
+        aside: argument of the denoiser that marks further calls in a step, beside the branches.
     """
 
     pipeline: str
@@ -54,3 +57,4 @@ class AdapterRecord:
     branches: int = 2
     experts: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
+    aside: str = ""

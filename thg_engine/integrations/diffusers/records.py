@@ -22,12 +22,31 @@ _TRANSFORMERS = (
     *("CogVideoXImageToVideoPipeline", "MochiPipeline", "LTXPipeline"),
     *("LTXImageToVideoPipeline", "LTXConditionPipeline", "LattePipeline", "AllegroPipeline"),
 )
+_TRUE_CFG = (
+    *("FluxPipeline", "FluxImg2ImgPipeline", "FluxKontextPipeline"),
+    *("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageImg2ImgPipeline"),
+    *("QwenImageInpaintPipeline", "HunyuanVideoPipeline"),
+)
+_CALLS = (
+    *("ChromaPipeline", "CogView4Pipeline", "Lumina2Pipeline", "SkyReelsV2Pipeline"),
+    "WanVideoToVideoPipeline",
+)
+_EXPERTS = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
 RECORDS: dict[str, AdapterRecord] = {
     record.pipeline: record
     for record in (
         *(AdapterRecord(name) for name in _UNETS),
         *(AdapterRecord(name, "transformer") for name in _TRANSFORMERS),
-        AdapterRecord("StableVideoDiffusionPipeline", scale="max_guidance_scale"),
+        *(AdapterRecord(name, "transformer", calls=True) for name in _CALLS),
+        *(
+            AdapterRecord(name, "transformer", scale="true_cfg_scale", calls=True)
+            for name in _TRUE_CFG
+        ),
+        *(
+            AdapterRecord(name, "transformer", calls=True, experts=("transformer_2",))
+            for name in _EXPERTS
+        ),
+        AdapterRecord("StableVideoDiffusionPipeline"),
         AdapterRecord("DiTPipeline", "transformer", cond_half=0),
         AdapterRecord("LuminaPipeline", "transformer", cond_half=0),
     )

@@ -15,15 +15,17 @@ class CannotSlice(Exception):
     """Why a call cannot run on half of its batch."""
 
 
-def slice_half(named: Mapping[str, Any], layout: ArgumentLayout, cond_half: int) -> dict[str, Any]:
-    """The arguments of a doubled call, conditional half only.
+def slice_half(
+    named: Mapping[str, Any], layout: ArgumentLayout, cond_half: int, branches: int = 2
+) -> dict[str, Any]:
+    """The arguments of a call with all branches, conditional one only.
 
     Raises:
         CannotSlice: an argument has a shape that the layout does not describe.
     """
     full = named[layout.sample].shape[0]
-    if full % 2:
-        raise CannotSlice(f"{layout.sample} has an odd batch of {full}")
+    if full % branches:
+        raise CannotSlice(f"{layout.sample} has a batch of {full}, not of {branches} branches")
 
     def half(argument: str, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -31,7 +33,7 @@ def slice_half(named: Mapping[str, Any], layout: ArgumentLayout, cond_half: int)
         shape = tuple(value.shape)
         rows = shape[0] if shape else 0
         if rows == full or (argument in layout.repeated and rows and rows % full == 0):
-            return value.chunk(2)[cond_half]
+            return value.chunk(branches)[cond_half]
         if argument in layout.unbatched and (value.ndim == 0 or shape[0] == 1):
             return value
         raise CannotSlice(f"{argument} has shape {shape}, its batch is not {full}")
