@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import torch
 
+from thg_engine.integrations.diffusers.adapter_types import ArgumentLayout
+from thg_engine.integrations.diffusers.adapters import find_layout
+from thg_engine.integrations.diffusers.outputs import sample_of, with_sample
 from thg_engine.integrations.diffusers.records import RECORDS
+from thg_engine.integrations.diffusers.slicing import is_extra
 from zoo import Zoo
+
+
+def layout_of(module) -> ArgumentLayout:
+    return find_layout(module) or ArgumentLayout("hidden_states", ())
 
 
 class Network:
@@ -16,6 +24,7 @@ class Network:
         self.modules = [module for module in found if module is not None]
         self.forwards = [module.forward for module in self.modules]
         self.rows: list[int] = []
+        self.extras = 0
         self.asked: list = []
 
     def __enter__(self) -> Network:
@@ -30,8 +39,11 @@ class Network:
 
     def around(self, module, original):
         def forward(*args, **kwargs):
-            out = original(*args, **kwargs)
-            self.rows.append(len(out[0]))
+            out, layout = original(*args, **kwargs), layout_of(module)
+            if is_extra(kwargs, layout):
+                self.extras += 1
+                return out
+            self.rows.append(len(sample_of(out, layout)))
             self.asked.append(module)
             return out
 
@@ -53,12 +65,15 @@ class ByHand(Network):
 
     def around(self, module, original):
         def forward(*args, **kwargs):
-            out = original(*args, **kwargs)
+            out, layout = original(*args, **kwargs), layout_of(module)
+            if is_extra(kwargs, layout):
+                return out
             if self.asked and module is not self.asked[-1]:
                 self.delta = None  # another expert
             self.asked.append(module)
-            given = self.calls(out[0]) if self.record.calls else self.batch(out[0])
-            return (given, *out[1:]) if isinstance(out, tuple) else type(out)(sample=given)
+            values = sample_of(out, layout)
+            given = self.calls(values) if self.record.calls else self.batch(values)
+            return out if given is values else with_sample(out, given, layout)
 
         return forward
 

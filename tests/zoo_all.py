@@ -6,13 +6,16 @@ import zoo_images
 import zoo_images2
 import zoo_images3
 import zoo_images4
+import zoo_images5
+import zoo_images6
 import zoo_videos
 import zoo_videos2
 import zoo_videos_audio
 from zoo import ZOO
 
 MODULES = (
-    *(zoo_images, zoo_images2, zoo_images3, zoo_images4),
+    *(zoo_images, zoo_images2, zoo_images3, zoo_images4, zoo_images5),
+    *(zoo_images6,),
     *(zoo_videos, zoo_videos2, zoo_videos_audio),
 )
 

@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .curves import Calibration
 from .engine import Engine
 from .guidance import CFG, THG, CFGCache, Guidance, GuidanceInterval, SelectiveGuidance
 from .plan import SamplingPlan
+
+if TYPE_CHECKING:
+    from .integrations.diffusers import TortoiseHareGuidance
 
 __version__ = "0.1.0"
 
@@ -31,10 +34,20 @@ __all__ = [
     "GuidanceInterval",
     "SamplingPlan",
     "SelectiveGuidance",
+    "TortoiseHareGuidance",
     "calibrate",
     "compile",
     "uncompile",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What knows diffusers is imported when it is asked for."""
+    if name != "TortoiseHareGuidance":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .integrations.diffusers import TortoiseHareGuidance
+
+    return TortoiseHareGuidance
 
 
 def compile(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
@@ -9,6 +11,15 @@ import torch
 from torch import Tensor
 
 PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+CACHES = {
+    "cache-dit": r"cache_dit",
+    "DeepCache": r"deepcache",
+    "TeaCache": r"teacache",
+    "FORA": r"(?<![a-z])fora(?![a-z])",
+    "ParaAttention": r"para_attn",
+}
+"""Caches that replace a ``forward``, and what is then in its module or its name."""
+MARKS = {"_is_cached": "cache-dit", "enable_teacache": "TeaCache", "enable_fora": "FORA"}
 LARGEST = 64  # entries of a container of plain values that is looked into
 _cudnn: Any = torch.backends.cudnn
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -78,6 +89,23 @@ def why_not_captured(module: Any, own: str | None = None) -> str:
             return f"hooks of diffusers decide on the host ({', '.join(sorted(set(others)))})"
         if (own is None or name) and any(vars(part).get(hooks) for hooks in _HOOKS):
             return f"a forward hook of {name or type(module).__name__} runs on the host"
+    found = foreign_cache(module)
+    return f"{found} decides on the host" if found else ""
+
+
+def foreign_cache(module: Any) -> str:
+    """The name of a cache, none of diffusers' own, that has been put into a network; or ""."""
+    for part in module.modules():
+        for mark, name in MARKS.items():
+            if getattr(part, mark, False) is True:
+                return name
+        forward = getattr(part, "forward", None)
+        while isinstance(forward, functools.partial):
+            forward = forward.func
+        where = [getattr(forward, key, None) or "" for key in ("__module__", "__qualname__")]
+        for name, pattern in CACHES.items():
+            if re.search(pattern, " ".join(where).lower()):
+                return name
     return ""
 
 

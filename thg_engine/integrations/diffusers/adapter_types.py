@@ -21,6 +21,13 @@ class ArgumentLayout:
         shared: arguments whose tensors never carry the batch.
         repeated: batched arguments that may have several rows for one of the sample, its frames.
         residuals: batched arguments that companions have made, a ControlNet say.
+        second: batched arguments whose tensors carry the batch in dim 1.
+        lists: arguments that are lists with one item per row of the batch; may be the sample.
+        outputs: how many of the denoiser's outputs, counted from the first, are guided.
+        drops: whether pipelines feed one branch alone for a part of a guided run and do not say
+            so; the halves of the sample are then compared before a call is taken for doubled.
+        extras: arguments that are set in calls besides those of a row, for guidance of another
+            kind (blocks left out, picture and sound kept apart); such calls hold one branch.
     """
 
     sample: str
@@ -29,6 +36,11 @@ class ArgumentLayout:
     shared: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ()
+    second: tuple[str, ...] = ()
+    lists: tuple[str, ...] = ()
+    outputs: int = 1
+    drops: bool = False
+    extras: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,6 @@ class AdapterRecord:
         experts: attributes of further denoisers, which take over in the course of a run.
         companions: attributes of networks that are called before the denoiser in every step with
             the same batch, and whose answers it is given (a ControlNet).
-        aside: argument of the denoiser that marks further calls in a step, beside the branches.
     """
 
     pipeline: str
@@ -57,4 +68,3 @@ class AdapterRecord:
     branches: int = 2
     experts: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
-    aside: str = ""

@@ -38,8 +38,12 @@ def is_guided(pipe: Any, record: AdapterRecord, arguments: Mapping[str, Any]) ->
     return scale_of(pipe, record, arguments) > 1.0
 
 
-def num_rows_of(pipe: Any) -> int:
+def num_rows_of(pipe: Any, arguments: Mapping[str, Any]) -> int:
     """Model calls of the run; image-to-image takes the last ones of its schedule only."""
     if hasattr(type(pipe), "num_timesteps"):
         return int(pipe.num_timesteps)
-    return len(model_timesteps(pipe.scheduler))
+    rows, strength = len(model_timesteps(pipe.scheduler)), arguments.get("strength")
+    if not isinstance(strength, (int, float)):
+        return rows
+    steps = int(arguments["num_inference_steps"])
+    return rows - max(steps - int(steps * strength), 0) * int(pipe.scheduler.order)

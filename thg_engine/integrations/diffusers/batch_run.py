@@ -20,8 +20,9 @@ from .asking import is_guided, scale_of
 from .deferred import BranchSum
 from .fused import Outputs
 from .graphed import RunGraphs
-from .run import Call, PipelineRun, by_name, untouched, with_sample
-from .slicing import CannotSlice, slice_half
+from .outputs import may_wait, sample_of, with_sample
+from .run import Call, PipelineRun, by_name, untouched
+from .slicing import CannotSlice, is_extra, slice_half
 
 MOST_ROLLED_BACK = 2
 """Rows taken back in a run before its shape is run without: blended latents, say, in every step."""
@@ -69,8 +70,8 @@ class BatchRun(PipelineRun):
         named = by_name(module, args, kwargs)
         if not super().knows(module):
             return self._prepare_companion(module, named, (args, kwargs, untouched))
-        if self.record.aside and named.get(self.record.aside) is not None:
-            self.nfe += 1
+        if is_extra(named, self._layout):
+            self.nfe, self.extras = self.nfe + 1, self.extras + 1
             return args, kwargs, untouched
         index, self.calls, self._source = self.calls, self.calls + 1, None
         if not self._has_branches(named):
@@ -211,12 +212,12 @@ class BatchRun(PipelineRun):
         """All branches; the output itself unless the row boosts its delta or is deferred."""
         if self._is_full and not self._defers:
             return output
-        values = output[0]
+        values = sample_of(output, self._layout)
         cond, others = self._split(values)
         if not self._guides:
             delta = self._held.fresh(row, self._beside(cond), others)
-        if not self._defers:
-            return output if row.boost == 1.0 else with_sample(output, self._joined(cond, delta))
+        if not self._defers or not may_wait(output, self._layout):
+            return output if row.boost == 1.0 else self._answer(output, self._joined(cond, delta))
 
         def make() -> Tensor:
             if row.boost == 1.0:
@@ -228,15 +229,15 @@ class BatchRun(PipelineRun):
         if self.record.cond_half == 0:
             branches = BranchRows(branches.uncond, branches.cond)
         source = Outputs(index, replace(row, evaluates_both=True), values, branches)
-        return with_sample(output, self._deferred(source, values.shape, make))
+        return self._answer(output, self._deferred(source, values.shape, make))
 
     def _conditional(self, index: int, row: GuidanceRow, output: Any) -> Any:
         """The conditional output beside the reconstructed others."""
-        cond = output[0]
+        cond = sample_of(output, self._layout)
         fused = self.fused if self._guides else None
         delta = None if fused is not None else self._held.held(row, self._beside(cond))
-        if delta is not None and not self._defers:
-            return with_sample(output, self._joined(cond, delta))
+        if delta is not None and not (self._defers and may_wait(output, self._layout)):
+            return self._answer(output, self._joined(cond, delta))
 
         def make() -> Tensor:
             if fused is not None:
@@ -245,7 +246,10 @@ class BatchRun(PipelineRun):
 
         shape = torch.Size((2 * cond.shape[0], *cond.shape[1:]))
         source = Outputs(index, row, cond, BranchRows.cond_only(cond.shape[0]))
-        return with_sample(output, self._deferred(source, shape, make))
+        return self._answer(output, self._deferred(source, shape, make))
+
+    def _answer(self, output: Any, sample: Tensor) -> Any:
+        return with_sample(output, sample, self._layout)
 
     def _deferred(
         self, source: Outputs, shape: torch.Size, make: Callable[[], Tensor]

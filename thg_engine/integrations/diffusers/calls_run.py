@@ -19,11 +19,15 @@ from torch import Tensor
 from thg_kernels.step_update import BranchRows
 
 from ...guidance import GuidanceRow
+from .adapter_types import ArgumentLayout
 from .deferred import BranchSum, Family
 from .fused import Outputs
 from .graphed import CallGraphs
-from .run import Call, PipelineRun, by_name, untouched, with_sample
+from .outputs import may_wait, sample_of, with_sample
+from .run import Call, PipelineRun, by_name, untouched
 
+PLAIN = ArgumentLayout("hidden_states", ())
+"""Of an output that is one tensor."""
 OUT_OF_TURN = "the calls of the two branches do not alternate"
 
 
@@ -107,16 +111,16 @@ class CallsRun(PipelineRun):
 
     def _cond(self, index: int, output: Any) -> Any:
         self._output, self._token, self._family = output, object(), None
-        if not self._defers:
+        if not self._defers or not may_wait(output, PLAIN):
             return output
-        cond = output[0]
+        cond = sample_of(output, PLAIN)
         # May be edited, and the row reads the original.
         made = BranchSum(cond.shape, cond, self._token, (0.0, 1.0), 1, lambda: cond.clone())
         self._family = made.family
         if self._rows and index < len(self._rows):
             row = replace(self._rows[index], evaluates_both=False)
             self._source = Outputs(index, row, cond, BranchRows.cond_only(len(cond)))
-        return with_sample(output, made)
+        return with_sample(output, made, PLAIN)
 
     def _second(self, named: Mapping[str, Any]) -> Callable[[Any], Any]:
         """The unconditional call: run, or answered with what is held."""
@@ -139,28 +143,28 @@ class CallsRun(PipelineRun):
         """Both branches have run; the output itself unless the row boosts its delta or defers."""
         if self._is_full and not self._defers:
             return output
-        cond, uncond = self._output[0], output[0]
+        cond, uncond = sample_of(self._output, PLAIN), sample_of(output, PLAIN)
         if not self._guides:
             delta = self._held.fresh(row, cond, uncond)
         if not self._defers:
-            return output if row.boost == 1.0 else with_sample(output, _less(cond, delta))
+            return output if row.boost == 1.0 else with_sample(output, _less(cond, delta), PLAIN)
 
         def make() -> Tensor:
             if row.boost == 1.0:
-                return uncond.clone()  # type: ignore[no-any-return]
+                return uncond.clone()
             return _less(cond, row.boost * (cond.float() - uncond.float()))
 
         values, branches = torch.cat([uncond, cond]), BranchRows.both(len(cond))
         self._source = Outputs(index, replace(row, evaluates_both=True), values, branches)
-        return with_sample(output, self._deferred(uncond, make))
+        return with_sample(output, self._deferred(uncond, make), PLAIN)
 
     def _reconstructed(self, index: int, row: GuidanceRow) -> Any:
         """The unconditional output that is held beside the conditional one."""
-        cond = self._output[0]
+        cond = sample_of(self._output, PLAIN)
         fused = self.fused if self._guides else None
         delta = None if fused is not None else self._held.held(row, cond)
         if delta is not None and not self._defers:
-            return with_sample(self._output, _less(cond, delta))
+            return with_sample(self._output, _less(cond, delta), PLAIN)
 
         def make() -> Tensor:
             if fused is not None:
@@ -168,7 +172,7 @@ class CallsRun(PipelineRun):
             return _less(cond, torch.zeros_like(cond) if delta is None else delta)
 
         self._source = Outputs(index, row, cond, BranchRows.cond_only(len(cond)))
-        return with_sample(self._output, self._deferred(cond, make))
+        return with_sample(self._output, self._deferred(cond, make), PLAIN)
 
     def _deferred(self, like: Tensor, make: Callable[[], Tensor]) -> BranchSum:
         return BranchSum(like.shape, like, self._token, (1.0, 0.0), 1, make, self._family)

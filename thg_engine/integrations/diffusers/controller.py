@@ -142,8 +142,8 @@ class Controller:
         """Counters since `compile`, and of the last call.
 
         Keys: ``runs``, ``failed_runs``, ``evaluations`` (all runs, per sample), ``refreshes``,
-        ``fused_steps``, ``last_nfe``, ``last_rows``, ``fallbacks`` (reason -> runs), ``graphs``
-        (see `Engine.stats`).
+        ``fused_steps``, ``last_nfe``, ``last_rows``, ``last_extras`` (calls for guidance of another
+        kind, in ``last_nfe``), ``fallbacks`` (reason -> runs), ``graphs`` (see `Engine.stats`).
         """
         reasons = {
             key.removeprefix("fallback: "): count
@@ -156,6 +156,7 @@ class Controller:
             **{name: self._counts[name] for name in names},
             "last_nfe": 0 if last is None else last.nfe,
             "last_rows": 0 if last is None else last.calls,
+            "last_extras": 0 if last is None else last.extras,
             "fallbacks": reasons,
             "graphs": self._graphs.report(),
         }
@@ -339,7 +340,7 @@ class Controller:
     def _plan_of_call(self, run: PipelineRun) -> tuple[tuple[GuidanceRow, ...], SamplingPlan]:
         """Rows and plan of the call in progress: the timesteps are set, truncation is known."""
         scale = scale_of(run.pipe, run.record, run.arguments)
-        return self._plan(run.pipe.scheduler, num_rows_of(run.pipe), scale)
+        return self._plan(run.pipe.scheduler, num_rows_of(run.pipe, run.arguments), scale)
 
     def _fuse(
         self,
@@ -359,7 +360,7 @@ class Controller:
         name = "none" if self.guidance is None else self.guidance.name
         return fused_plan(
             run.pipe.scheduler,
-            num_rows_of(run.pipe),
+            num_rows_of(run.pipe, run.arguments),
             ChosenRows(name, rows),
             scale_of(run.pipe, run.record, run.arguments),
             step_kwargs,

@@ -16,6 +16,7 @@ import torch
 from diffusers.hooks import HookRegistry, ModelHook
 
 from .adapters import HOOK_NAME
+from .caches import cache_context, look
 from .run import PipelineRun
 
 Forward = Callable[..., Any]
@@ -73,9 +74,13 @@ class GuidanceHook(ModelHook):  # type: ignore[misc]
         original = self.fn_ref.original_forward
         if run is None or not run.knows(module):
             return original(*args, **kwargs)
+        look(run, module)
         args, kwargs, finish = _prepare(run, module, args, kwargs)
         output = _replayed(run, original)
-        return _finish(finish, original(*args, **kwargs) if output is None else output)
+        if output is None:
+            with cache_context(run, module, args, kwargs):
+                output = original(*args, **kwargs)
+        return _finish(finish, output)
 
 
 @_host_only

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .adapter_types import AdapterRecord
 
 _UNETS = (
@@ -12,6 +14,18 @@ _UNETS = (
     *("StableDiffusionXLPipeline", "StableDiffusionXLImg2ImgPipeline"),
     *("StableDiffusionXLInpaintPipeline", "StableDiffusionXLControlNetPipeline"),
     *("StableDiffusionXLControlNetImg2ImgPipeline", "StableDiffusionXLAdapterPipeline"),
+    *("StableDiffusionUpscalePipeline", "StableDiffusionLatentUpscalePipeline"),
+    *("StableDiffusionDepth2ImgPipeline", "StableDiffusionImageVariationPipeline"),
+    *("StableDiffusionLDM3DPipeline", "StableDiffusionControlNetXSPipeline"),
+    *("StableDiffusionXLControlNetXSPipeline", "StableDiffusionXLControlNetInpaintPipeline"),
+    *("StableDiffusionXLControlNetUnionPipeline", "StableUnCLIPImg2ImgPipeline"),
+    *("StableDiffusionXLControlNetUnionImg2ImgPipeline", "StableUnCLIPPipeline"),
+    *("StableDiffusionXLControlNetUnionInpaintPipeline", "IFPipeline", "IFImg2ImgPipeline"),
+    *("IFInpaintingPipeline", "IFSuperResolutionPipeline", "IFImg2ImgSuperResolutionPipeline"),
+    *("IFInpaintingSuperResolutionPipeline", "KandinskyPipeline", "KandinskyImg2ImgPipeline"),
+    *("KandinskyInpaintPipeline", "KandinskyV22Img2ImgPipeline", "KandinskyV22InpaintPipeline"),
+    *("KandinskyV22ControlnetPipeline", "KandinskyV22ControlnetImg2ImgPipeline"),
+    *("Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline"),
     *("KolorsPipeline", "AnimateDiffPipeline", "KandinskyV22Pipeline", "AudioLDM2Pipeline"),
 )
 _TRANSFORMERS = (
@@ -20,6 +34,8 @@ _TRANSFORMERS = (
     *("PixArtAlphaPipeline", "PixArtSigmaPipeline", "SanaPipeline", "HunyuanDiTPipeline"),
     *("AuraFlowPipeline", "StableAudioPipeline", "CogVideoXPipeline"),
     *("CogVideoXImageToVideoPipeline", "MochiPipeline", "LTXPipeline"),
+    *("StableDiffusion3ControlNetInpaintingPipeline", "SanaControlNetPipeline"),
+    *("HiDreamImagePipeline", "HunyuanDiTControlNetPipeline", "CogView3PlusPipeline"),
     *("LTXImageToVideoPipeline", "LTXConditionPipeline", "LattePipeline", "AllegroPipeline"),
 )
 _TRUE_CFG = (
@@ -32,8 +48,22 @@ _CALLS = (
     "WanVideoToVideoPipeline",
 )
 _EXPERTS = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
+_CONTROLLED = {
+    *("StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline"),
+    *("StableDiffusionControlNetInpaintPipeline", "StableDiffusionXLControlNetPipeline"),
+    *("StableDiffusionXLControlNetImg2ImgPipeline", "StableDiffusionXLControlNetInpaintPipeline"),
+    *(
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+    ),
+    *("StableDiffusionXLControlNetUnionInpaintPipeline", "StableDiffusion3ControlNetPipeline"),
+    *("StableDiffusion3ControlNetInpaintingPipeline", "HunyuanDiTControlNetPipeline"),
+    "SanaControlNetPipeline",
+}
 RECORDS: dict[str, AdapterRecord] = {
-    record.pipeline: record
+    record.pipeline: (
+        replace(record, companions=("controlnet",)) if record.pipeline in _CONTROLLED else record
+    )
     for record in (
         *(AdapterRecord(name) for name in _UNETS),
         *(AdapterRecord(name, "transformer") for name in _TRANSFORMERS),
@@ -47,7 +77,11 @@ RECORDS: dict[str, AdapterRecord] = {
             for name in _EXPERTS
         ),
         AdapterRecord("StableVideoDiffusionPipeline"),
+        AdapterRecord("StableDiffusionInstructPix2PixPipeline", cond_half=0, branches=3),
+        AdapterRecord("StableDiffusionXLInstructPix2PixPipeline", cond_half=0, branches=3),
         AdapterRecord("DiTPipeline", "transformer", cond_half=0),
         AdapterRecord("LuminaPipeline", "transformer", cond_half=0),
+        AdapterRecord("StableCascadePriorPipeline", "prior", cond_half=0),
+        AdapterRecord("StableCascadeDecoderPipeline", "decoder", cond_half=0),
     )
 }

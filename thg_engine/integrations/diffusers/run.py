@@ -51,7 +51,8 @@ class PipelineRun:
 
     Attributes:
         plan: plan of this run; None before the first guided model call.
-        nfe: denoiser evaluations per sample so far.
+        nfe: denoiser evaluations per sample so far, further calls included.
+        extras: further calls, for guidance of another kind.
         calls: rows so far.
         refreshes: rows that evaluated both branches although the plan holds a delta there.
         fallbacks: reasons for which rows ran full guidance against the plan.
@@ -75,7 +76,7 @@ class PipelineRun:
         self._make_plan: Any = make_plan
         self._make_fused: Any = make_fused
         self.plan: SamplingPlan | None = None
-        self.nfe = self.calls = self.refreshes = self.fused_steps = 0
+        self.nfe = self.calls = self.extras = self.refreshes = self.fused_steps = 0
         self.fallbacks: list[str] = []
         self.fused: FusedStep | None = None
         self.backend = ""
@@ -228,10 +229,3 @@ def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
 def untouched(output: Any) -> Any:
     """What becomes of an output that is the pipeline's as it is."""
     return output
-
-
-def with_sample(output: Any, sample: Tensor) -> Any:
-    """``output`` with another sample in its first place."""
-    if isinstance(output, tuple):
-        return (sample, *output[1:])
-    return type(output)(sample=sample)
