@@ -9,17 +9,19 @@ import diffusers
 import transformers
 
 from pipelines import ddim, mask, picture, tokenizer
-from zoo import both, clip, clip_vision, noise, seeded, sized, t5, words, zoo
+from zoo import both, clip, clip_vision, noise, prompts, seeded, sized, t5, words, zoo
 from zoo_images import TWO, unet
 from zoo_images4 import SIMPLE, cascade, image_embeds, movq
 from zoo_images5 import prior_net
 
 IF = {"denoiser": "unet", "callbacks": False}
+FOUR = {"rows": (2, 2, 2, 2)}  # of five steps
 PIXELS = {"in_channels": 3, "out_channels": 6, "cross_attention_norm": "layer_norm"}
 TEXT = {"addition_embed_type": "text", "addition_embed_type_num_heads": 2}
 UNCLEAN = {"clean_caption": False, "output_type": "pt"}
 LATE = {"strength": 0.8, "num_inference_steps": 5}
-MASKED = {**TWO, "mask_image": [mask(), mask()]}
+MASKS = {"image": TWO["image"], "mask_image": [mask(), mask()]}
+MASKED = {**TWO, **MASKS}
 UP = {**TWO, "original_image": TWO["image"]}
 
 
@@ -40,12 +42,12 @@ def floyd(name: str, larger: bool = False):
     )
 
 
-@zoo("IFImg2ImgPipeline", batch=TWO, **IF)
+@zoo("IFImg2ImgPipeline", batch=TWO, **FOUR, **IF)
 def if_img2img():
     return floyd("IFImg2ImgPipeline"), both(image=picture(), **LATE, **UNCLEAN)
 
 
-@zoo("IFInpaintingPipeline", batch=MASKED, **IF)
+@zoo("IFInpaintingPipeline", batch=MASKED, **FOUR, **IF)
 def if_inpaint():
     given = both(image=picture(), mask_image=mask(), **LATE, **UNCLEAN)
     return floyd("IFInpaintingPipeline"), given
@@ -57,14 +59,14 @@ def if_super_resolution():
     return pipe, both(image=picture(size=8), **sized(16), **UNCLEAN)
 
 
-@zoo("IFImg2ImgSuperResolutionPipeline", batch=UP, **IF)
+@zoo("IFImg2ImgSuperResolutionPipeline", batch=UP, **FOUR, **IF)
 def if_img2img_super_resolution():
     pipe = floyd("IFImg2ImgSuperResolutionPipeline", larger=True)
     images = {"image": picture(size=8), "original_image": picture(1)}
     return pipe, both(**images, **LATE, **UNCLEAN)
 
 
-@zoo("IFInpaintingSuperResolutionPipeline", batch={**UP, "mask_image": [mask(), mask()]}, **IF)
+@zoo("IFInpaintingSuperResolutionPipeline", batch={**UP, **MASKED}, **FOUR, **IF)
 def if_inpaint_super_resolution():
     pipe = floyd("IFInpaintingSuperResolutionPipeline", larger=True)
     images = {"image": picture(size=8), "original_image": picture(1), "mask_image": mask()}
@@ -103,23 +105,22 @@ def kandinsky(name: str, channels: int = 4):
 
 
 PLAIN = {"callbacks": False, "other": sized(24)}
-PRIORS = {**TWO, **image_embeds(2)}
 
 
-@zoo("KandinskyPipeline", denoiser="unet", **PLAIN)
+@zoo("KandinskyPipeline", denoiser="unet", batch={**prompts(), **image_embeds(2)}, **PLAIN)
 def kandinsky21():
     given = both(**image_embeds(), **sized(16), output_type="pt")
     return kandinsky("KandinskyPipeline"), given
 
 
-@zoo("KandinskyImg2ImgPipeline", denoiser="unet", **PLAIN)
+@zoo("KandinskyImg2ImgPipeline", denoiser="unet", batch=None, copies=None, **FOUR, **PLAIN)
 def kandinsky21_img2img():
     given = both(image=picture(), **image_embeds(), **sized(16), **LATE, output_type="pt")
     pipe = kandinsky("KandinskyImg2ImgPipeline")
     return pipe, given
 
 
-@zoo("KandinskyInpaintPipeline", denoiser="unet", **PLAIN)
+@zoo("KandinskyInpaintPipeline", denoiser="unet", batch=None, **PLAIN)
 def kandinsky21_inpaint():
     images = {"image": picture(), "mask_image": mask(), "output_type": "pt"}
     return kandinsky("KandinskyInpaintPipeline", 9), both(**images, **image_embeds(), **sized(16))
@@ -146,7 +147,7 @@ def kandinsky22_img2img():
     return kandinsky22("KandinskyV22Img2ImgPipeline"), led(image=picture(), **LATE)
 
 
-@zoo("KandinskyV22InpaintPipeline", **EMBEDDED)
+@zoo("KandinskyV22InpaintPipeline", **{**EMBEDDED, "batch": {**MASKS, **image_embeds(2)}})
 def kandinsky22_inpaint():
     return kandinsky22("KandinskyV22InpaintPipeline", 9), led(image=picture(), mask_image=mask())
 
@@ -160,16 +161,20 @@ def kandinsky22_controlnet():
     return pipe, led(hint=noise(1, 3, 64, 64, seed=9), output_type="pt")
 
 
-@zoo("KandinskyV22ControlnetImg2ImgPipeline", **HINTED)
+@zoo("KandinskyV22ControlnetImg2ImgPipeline", **FOUR, **HINTED)
 def kandinsky22_controlnet_img2img():
     pipe = kandinsky22("KandinskyV22ControlnetImg2ImgPipeline", 8, hint=True)
     given = led(hint=noise(1, 3, 64, 64, seed=9), image=picture(), **LATE)
     return pipe, {**given, "output_type": "pt"}
 
 
+def image_processor():
+    sizes = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    return transformers.CLIPImageProcessor(**sizes)
+
+
 def prior(name: str):
     """A prior from text to the embedding of an image."""
-    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
     scheduler = diffusers.UnCLIPScheduler(
         variance_type="fixed_small_log", prediction_type="sample", clip_sample_range=10.0
     )
@@ -179,11 +184,12 @@ def prior(name: str):
         text_encoder=clip(projected=True),
         tokenizer=tokenizer(),
         scheduler=scheduler,
-        image_processor=transformers.CLIPImageProcessor(**size),
+        image_processor=image_processor(),
     )
 
 
-PRIOR = {"denoiser": "prior", "result": "image_embeds"}
+# They run the negative prompt as a prompt of its own, for what it would have given.
+PRIOR = {"denoiser": "prior", "result": "image_embeds", "rows": (4, 4, 4, 4)}
 
 
 @zoo("KandinskyPriorPipeline", callbacks=False, **PRIOR)
@@ -234,7 +240,11 @@ def kandinsky3_img2img():
     return kandinsky3("Kandinsky3Img2ImgPipeline"), both(image=picture(size=64), **LATE)
 
 
-@zoo("StableCascadeDecoderPipeline", denoiser="decoder", pattern="concat-reversed")
+DECODER = {"denoiser": "decoder", "pattern": "concat-reversed", "copies": None}
+DECODER["batch"] = {**prompts(), "image_embeddings": noise(2, 4, 4, 4, seed=5)}
+
+
+@zoo("StableCascadeDecoderPipeline", **DECODER)
 def stable_cascade_decoder():
     parts = cascade(
         "decoder",
@@ -280,7 +290,7 @@ def wuerstchen_prior():
     return pipe, both(**sized(64), output_type="pt")
 
 
-@zoo("WuerstchenDecoderPipeline", denoiser="decoder", pattern="concat-reversed")
+@zoo("WuerstchenDecoderPipeline", **{**DECODER, "batch": None})
 def wuerstchen_decoder():
     make = functools.partial(
         beside("WuerstchenDiffNeXt", "WuerstchenDecoderPipeline"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
@@ -99,14 +98,21 @@ def foreign_cache(module: Any) -> str:
         for mark, name in MARKS.items():
             if getattr(part, mark, False) is True:
                 return name
-        forward = getattr(part, "forward", None)
-        while isinstance(forward, functools.partial):
-            forward = forward.func
-        where = [getattr(forward, key, None) or "" for key in ("__module__", "__qualname__")]
-        for name, pattern in CACHES.items():
-            if re.search(pattern, " ".join(where).lower()):
-                return name
+        for forward in _forwards(part):
+            where = [getattr(forward, key, None) or "" for key in ("__module__", "__qualname__")]
+            for name, pattern in CACHES.items():
+                if re.search(pattern, " ".join(where).lower()):
+                    return name
     return ""
+
+
+def _forwards(module: Any) -> Iterator[Any]:
+    """The ``forward`` of the class, and what has been put around it."""
+    yield type(module).forward
+    around = vars(module).get("forward")
+    while around is not None:
+        yield around
+        around = getattr(around, "__wrapped__", None) or getattr(around, "func", None)
 
 
 def _read(setting: Callable[[], Any]) -> Hashable:

@@ -26,8 +26,8 @@ def call_arguments(
 
 def scale_of(pipe: Any, record: AdapterRecord, arguments: Mapping[str, Any]) -> float:
     """w of the call at this moment; its mean where frames have one each."""
-    kept = hasattr(type(pipe), record.scale)
-    scale = getattr(pipe, record.scale) if kept else arguments[record.scale]
+    kept = hasattr(type(pipe), "guidance_scale")
+    scale = pipe.guidance_scale if kept else arguments[record.scale]
     return float(scale.float().mean()) if isinstance(scale, Tensor) else float(scale)
 
 
@@ -39,11 +39,18 @@ def is_guided(pipe: Any, record: AdapterRecord, arguments: Mapping[str, Any]) ->
 
 
 def num_rows_of(pipe: Any, arguments: Mapping[str, Any]) -> int:
-    """Model calls of the run; image-to-image takes the last ones of its schedule only."""
+    """Model calls of the run; image-to-image takes the last ones of its schedule only.
+
+    Args:
+        pipe: its timesteps are set.
+        arguments: of the call, for pipelines that keep no count.
+    """
     if hasattr(type(pipe), "num_timesteps"):
         return int(pipe.num_timesteps)
-    rows, strength = len(model_timesteps(pipe.scheduler)), arguments.get("strength")
-    if not isinstance(strength, (int, float)):
-        return rows
-    steps = int(arguments["num_inference_steps"])
-    return rows - max(steps - int(steps * strength), 0) * int(pipe.scheduler.order)
+    num_rows = len(model_timesteps(pipe.scheduler))
+    strength = arguments.get("strength", arguments.get("inpaint_strength"))
+    if strength is None:
+        return num_rows
+    num_steps = int(arguments["num_inference_steps"])
+    left_out = num_steps - min(int(num_steps * strength), num_steps)
+    return num_rows - left_out * int(getattr(pipe.scheduler, "order", 1))

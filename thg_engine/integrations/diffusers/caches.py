@@ -60,7 +60,7 @@ class BlockCaches:
         self._hooks = [hook for hook in hooks if _keeps_one_state(hook)]
         self._faster = [hook for hook in hooks if hasattr(hook, SKIPS)]
         self._first = 0
-        self.is_empty = not self._managers and not self._hooks
+        self.is_empty = not (self._managers or self._hooks or self._faster)
 
     def enter(self, rows: int) -> list[Undo]:
         """Make the states of a batch the current ones; what is returned undoes it."""
@@ -150,7 +150,7 @@ def why_not_driven(module: torch.nn.Module, calls: bool = False) -> str:
     """
     found = foreign_cache(module)
     if found:
-        return f"{found} keeps its own count of the calls, whose branches it cannot tell apart"
+        return f"{found} keeps what the last call gave, whatever its batch and branch"
     for _, hook in _stateful_hooks(module):
         name = type(hook).__name__.removesuffix("Hook")
         if _skips_branch(hook):
@@ -210,8 +210,8 @@ def _state_of(hook: Any, rows: int) -> Any:
         vars(state).pop(_OTHERS, None)
         vars(state).pop("reset", None)
         state.reset()
-        if hasattr(hook, "is_guidance_distilled"):
-            # FasterCache reads an empty cache where its first call is in the range of its skips.
+        if hasattr(hook, "block_skip_range"):
+            # So that it computes: FasterCache reads an empty cache where the first call may skip.
             state.iteration = hook.block_skip_range
     return others[rows]
 

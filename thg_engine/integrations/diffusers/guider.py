@@ -22,13 +22,13 @@ from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import GuiderOutput
 from torch import Tensor
 
-from ...errors import InvalidArgument
-from ...guidance import CFG, Guidance
+from ...errors import CalibrationError, InvalidArgument
+from ...guidance import CFG, THG, Guidance
 from ...plan import SamplingPlan
 from .guider_config import decode, encode
 from .guider_plan import Window, find_levels, plan_run
 from .guider_run import GuiderRun
-from .resolve import resolve_guidance
+from .resolve import fingerprint, resolve_guidance
 
 KILL_SWITCH = "THG_DISABLE"
 
@@ -54,6 +54,8 @@ class TortoiseHareGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
 
     Raises:
         InvalidArgument: a value that makes no sense; names it and its remedy.
+        CalibrationError: in a run's first step, where the denoiser is not of the architecture that
+            the method's calibration was made for.
 
     Source: Tortoise and Hare Guidance, arXiv 2511.04117.
     """
@@ -72,9 +74,15 @@ class TortoiseHareGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         _check_number("guidance_rescale", guidance_rescale)
         _check_window(start, stop)
         asked = decode(guidance)
-        method, self.notes = resolve_guidance(asked, None, None, torch.nn.Module())
+        method, self.notes = _resolve(asked)
+        # By name: diffusers takes positional arguments for defaults and does not load them again.
         super().__init__(
-            guidance_scale, guidance_rescale, use_original_formulation, start, stop, enabled
+            guidance_scale=guidance_scale,
+            guidance_rescale=guidance_rescale,
+            use_original_formulation=use_original_formulation,
+            start=start,
+            stop=stop,
+            enabled=enabled,
         )
         self.register_to_config(guidance=encode(asked))
         self._asked, self._method = asked, method
@@ -169,7 +177,7 @@ class TortoiseHareGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         if not self._is_ever_guided:
             window = Window(0, 0)
         rows, plan = plan_run(method, levels, window, float(scale))
-        return GuiderRun(rows, plan, step)
+        return GuiderRun(rows, plan, window, step)
 
     @property
     def _is_ever_guided(self) -> bool:
@@ -202,14 +210,25 @@ class TortoiseHareGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
         batches: list[Any] = super().prepare_inputs_from_block_state(data, input_fields)
         return batches
 
-    def _watch(self, inputs: list[Any]) -> None:
+    def _watch(self, pairs: list[Any]) -> None:
         if self._run is not None and self._is_cfg_enabled():
-            self._run.watch(inputs)
+            # One object for both branches is no conditioning: some loops pass the latents so.
+            self._run.watch([pair for pair in pairs if len({id(item) for item in pair}) > 1])
 
     def prepare_models(self, denoiser: torch.nn.Module) -> None:
         """Called ahead of each batch's model call."""
         super().prepare_models(denoiser)
         self._is_open = False
+        if self._run is not None and self._run.calls == 0:
+            self._check_calibration(denoiser)
+
+    def _check_calibration(self, denoiser: torch.nn.Module) -> None:
+        curves = self._method.calibration if isinstance(self._method, THG) else None
+        module = getattr(denoiser, "_orig_mod", denoiser)
+        if curves is not None and curves.fingerprint not in ("", fingerprint(module)):
+            message = f"the calibration is of {curves.model!r}, another architecture"
+            remedy = "calibrate this model with `thg-engine calibrate`"
+            raise CalibrationError(f"{message}; {remedy}.")
 
     def __call__(self, data: list[Any]) -> Any:
         """The guided output of this step's batches."""
@@ -262,6 +281,13 @@ class TortoiseHareGuidance(ClassifierFreeGuidance):  # type: ignore[misc]
             pred_cond=pred_cond,
             pred_uncond=output.pred_uncond.to(dtype),
         )
+
+
+def _resolve(asked: Any) -> tuple[Guidance, tuple[str, ...]]:
+    """The method and notes on how it was chosen; its denoiser is not known yet."""
+    if isinstance(asked, Guidance) and not isinstance(asked, type):
+        return asked, ()
+    return resolve_guidance(asked, None, None, torch.nn.Module())
 
 
 def _check_number(name: str, value: Any) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, equal
 
 from ...errors import InvalidArgument
-from ...guidance import GuidanceRow
+from ...guidance import FRESH, GuidanceRow
 from ...plan import SamplingPlan
+from .guider_plan import Window
 from .held import HeldGuidance
 
 
@@ -19,6 +20,7 @@ class GuiderRun:
     Args:
         rows: of every step.
         plan: the same with timesteps, for display.
+        window: steps that the plan guides; a guider that is switched on outside evaluates both.
         step: number of the first step.
 
     Attributes:
@@ -28,8 +30,10 @@ class GuiderRun:
         refreshes: steps that evaluated both branches although the plan holds there.
     """
 
-    def __init__(self, rows: tuple[GuidanceRow, ...], plan: SamplingPlan, step: int) -> None:
-        self.rows, self.plan = rows, plan
+    def __init__(
+        self, rows: tuple[GuidanceRow, ...], plan: SamplingPlan, window: Window, step: int
+    ) -> None:
+        self.rows, self.plan, self._window = rows, plan, window
         self.nfe = self.calls = self.refreshes = 0
         self._held = HeldGuidance(rows)
         self._holds = any(not row.evaluates_both and row.delta_weights for row in rows)
@@ -43,9 +47,10 @@ class GuiderRun:
         return step == self._step + 1 and step > 0 and num_steps == len(self.rows)
 
     def open(self, step: int) -> None:
-        """Go to ``step``; beyond the last row nothing is guided, and no row is read."""
+        """Go to ``step``."""
         self._step = step
-        self.row = self.rows[min(step, len(self.rows) - 1)]
+        planned = self._window.first <= step < self._window.end
+        self.row = self.rows[step] if planned else FRESH
 
     def forget(self) -> None:
         """Drop what is held: the next guided step evaluates both branches."""
