@@ -20,6 +20,7 @@ class ArgumentLayout:
         unbatched: arguments whose tensors may also be shared by both halves (batch 1 or none).
         shared: arguments whose tensors never carry the batch.
         repeated: batched arguments that may have several rows for one of the sample, its frames.
+        residuals: batched arguments that companions have made, a ControlNet say.
         second: batched arguments whose tensors carry the batch in dim 1.
         lists: arguments that are lists with one item per row of the batch; may be the sample.
         outputs: how many of the denoiser's outputs, counted from the first, are guided.
@@ -34,6 +35,7 @@ class ArgumentLayout:
     unbatched: tuple[str, ...] = ("timestep",)
     shared: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
+    residuals: tuple[str, ...] = ()
     second: tuple[str, ...] = ()
     lists: tuple[str, ...] = ()
     outputs: int = 1

@@ -38,7 +38,7 @@ def is_guided(pipe: Any, record: AdapterRecord, arguments: Mapping[str, Any]) ->
     return scale_of(pipe, record, arguments) > 1.0
 
 
-def num_rows_of(pipe: Any, arguments: Mapping[str, Any] | None = None) -> int:
+def num_rows_of(pipe: Any, arguments: Mapping[str, Any]) -> int:
     """Model calls of the run; image-to-image takes the last ones of its schedule only.
 
     Args:
@@ -48,10 +48,9 @@ def num_rows_of(pipe: Any, arguments: Mapping[str, Any] | None = None) -> int:
     if hasattr(type(pipe), "num_timesteps"):
         return int(pipe.num_timesteps)
     num_rows = len(model_timesteps(pipe.scheduler))
-    given = arguments or {}
-    strength = given.get("strength", given.get("inpaint_strength"))
+    strength = arguments.get("strength", arguments.get("inpaint_strength"))
     if strength is None:
         return num_rows
-    num_steps = int(given["num_inference_steps"])
+    num_steps = int(arguments["num_inference_steps"])
     left_out = num_steps - min(int(num_steps * strength), num_steps)
     return num_rows - left_out * int(getattr(pipe.scheduler, "order", 1))

@@ -15,7 +15,7 @@ from ...errors import InvalidArgument, UnsupportedPipeline
 from ...schedule import NoiseSchedule, model_timesteps, prediction_type
 from ...solvers import get_solver
 from .adapters import find_record
-from .compiled import denoiser_of
+from .networks import Networks
 from .resolve import fingerprint
 
 CALIBRATED = (
@@ -85,11 +85,11 @@ def _supported(pipe: Any) -> Any:
     """The denoiser of a pipeline that an adapter record describes."""
     record = find_record(type(pipe))
     known = record is not None and record.pipeline in CALIBRATED
-    module = denoiser_of(pipe, record) if known and record is not None else None
-    if module is None:
+    networks = Networks.of(pipe, record) if known and record is not None else Networks()
+    if not networks.denoisers:
         names = ", ".join(CALIBRATED)
         raise UnsupportedPipeline(f"{type(pipe).__name__} has no adapter record ({names}).")
-    return module
+    return networks.module
 
 
 def _fine_grid(given: Any, num_inference_steps: int) -> tuple[NoiseSchedule, list[float], str]:

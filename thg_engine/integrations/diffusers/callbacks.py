@@ -50,9 +50,9 @@ def watch_callback(
 def _watched(callback: Callable[..., Any], run: PipelineRun) -> Callable[..., Any]:
     def watched(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> Any:
         before = {name: _mark(value) for name, value in tensors.items()}
-        given, adapters = dict(tensors), adapter_state(pipe, run.module)
+        given, adapters = dict(tensors), adapter_state(pipe, run.modules)
         result = _outside(callback, pipe, step, timestep, tensors)
-        if adapter_state(pipe, run.module) != adapters:
+        if adapter_state(pipe, run.modules) != adapters:
             run.adapters_changed()
         for name, value in given.items():
             if _edited(value, before[name]):

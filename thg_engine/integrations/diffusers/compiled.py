@@ -24,10 +24,11 @@ from ...guidance import Guidance
 from ...plan import SamplingPlan
 from . import hook
 from .adapter_types import AdapterRecord
-from .adapters import find_layout, find_record
+from .adapters import find_record
 from .asking import call_arguments
 from .callbacks import watch_callback
 from .controller import Controller, Settings
+from .networks import Networks
 from .records import RECORDS
 from .resolve import load_calibration, resolve_guidance
 from .tuning import check_tuning
@@ -113,19 +114,30 @@ def compile_with(pipe: Any, settings: Settings) -> Any:
     """`compile` from settings; a compiled pipeline gets the new ones."""
     base: Any = _base_class(pipe)
     record = find_record(base)
-    module = None if record is None else denoiser_of(pipe, record)
-    if record is None or module is None or find_layout(module) is None:
-        resolve_guidance(settings.guidance, settings.calibration, settings.nfe, torch.nn.Module())
-        reason = _what_is_missing(base, record, module)
-        warnings.warn(f"thg_engine leaves this pipeline as it is: {reason}.", stacklevel=4)
-        vars(uncompile(pipe))["thg"] = Controller(settings, None, None, reason)
-        return pipe
-    controller = Controller(settings, record, module, pipe=pipe)
+    networks = Networks() if record is None else Networks.of(pipe, record)
+    if record is None or networks.why_not(pipe, record):
+        return _left_alone(pipe, settings, record, networks)
+    controller = Controller(settings, record, networks, pipe=pipe)
     uncompile(pipe)
     controller.tune()
-    hook.attach(module, controller)
+    controller.attach()
     pipe.__class__ = _compiled_class(base)
     vars(pipe)["thg"] = controller
+    return pipe
+
+
+def _left_alone(
+    pipe: Any, settings: Settings, record: AdapterRecord | None, networks: Networks
+) -> Any:
+    """The pipeline as it is, with a report that says why; arguments are checked all the same."""
+    resolve_guidance(settings.guidance, settings.calibration, settings.nfe, torch.nn.Module())
+    if record is None:
+        name, number = _base_class(pipe).__name__, len(RECORDS)
+        reason = f"no adapter record describes {name} ({number} pipelines have one)"
+    else:
+        reason = networks.why_not(pipe, record)
+    warnings.warn(f"thg_engine leaves this pipeline as it is: {reason}.", stacklevel=5)
+    vars(uncompile(pipe))["thg"] = Controller(settings, None, Networks(), reason)
     return pipe
 
 
@@ -138,30 +150,12 @@ def uncompile(pipe: Any) -> Any:
     if not hasattr(pipe, "__dict__"):
         raise InvalidArgument("pipe", pipe, "give the pipeline that was compiled.")
     controller = vars(pipe).pop("thg", None)
-    if isinstance(controller, Controller) and controller.module is not None:
-        hook.detach(controller.module, controller)
+    if isinstance(controller, Controller):
+        controller.detach()
         controller.undo_tuning()
     if isinstance(pipe, CompiledPipeline):
         pipe.__class__ = _base_class(pipe)
     return pipe
-
-
-def denoiser_of(pipe: Any, record: AdapterRecord) -> torch.nn.Module | None:
-    """The network itself, without the wrapper that ``torch.compile`` puts around it."""
-    module = getattr(pipe, record.denoiser, None)
-    module = getattr(module, "_orig_mod", module)
-    return module if isinstance(module, torch.nn.Module) else None
-
-
-def _what_is_missing(
-    base: type[Any], record: AdapterRecord | None, module: torch.nn.Module | None
-) -> str:
-    """Why a pipeline of class ``base`` is left alone."""
-    if record is not None and module is not None:
-        return f"the arguments of its {type(module).__name__} are not known"
-    if record is not None:
-        return f"this {base.__name__} has no denoiser in .{record.denoiser}"
-    return f"no adapter record describes {base.__name__} ({len(RECORDS)} pipelines have one)"
 
 
 def _base_class(pipe: Any) -> type[Any]:
@@ -179,13 +173,10 @@ def _compiled_class(base: type[Any]) -> type[Any]:
         controller: Controller = self.thg
         if os.environ.get(KILL_SWITCH) == "1":
             return original(self, *args, **kwargs)
-        with controller.apart(self) as pipe:
-            record = controller.record
-            module = None if record is None else denoiser_of(pipe, record)
-            with controller.running(pipe, module) as run:
-                run.arguments = call_arguments(original, pipe, args, kwargs)
-                args, kwargs = watch_callback(original, pipe, args, kwargs, run)
-                return original(pipe, *args, **kwargs)
+        with controller.apart(self) as pipe, controller.running(pipe) as run:
+            run.arguments = call_arguments(original, pipe, args, kwargs)
+            args, kwargs = watch_callback(original, pipe, args, kwargs, run)
+            return original(pipe, *args, **kwargs)
 
     body = {
         "__call__": call,
@@ -201,15 +192,14 @@ def _plain(pipe: Any) -> Iterator[None]:
     """The pipeline without class, controller and hook, put back afterwards whatever happens."""
     controller: Controller = vars(pipe).pop("thg")
     compiled_class = type(pipe)
-    module = controller.module
-    owners = [] if module is None else hook.remove(module)
+    removed = [(module, hook.remove(module)) for module in controller.networks.hooked]
     pipe.__class__ = _base_class(pipe)
     try:
         yield
     finally:
         pipe.__class__ = compiled_class
         vars(pipe)["thg"] = controller
-        if module is not None:
+        for module, owners in removed:
             hook.restore(module, owners)
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -26,8 +27,11 @@ from . import hook
 from .adapter_types import AdapterRecord
 from .adapters import find_layout
 from .asking import num_rows_of, scale_of
+from .batch_run import BatchRun
+from .calls_run import CallsRun
 from .fingerprint import processors
-from .graphed import RunGraphs
+from .graphed import CallGraphs, RunGraphs
+from .networks import Networks
 from .planning import ChosenRows, FusedPlan, fused_plan, noise_levels
 from .resolve import resolve_guidance
 from .run import PipelineRun
@@ -57,7 +61,7 @@ class Controller:
     Args:
         settings: what was asked for.
         record: how the pipeline does guidance; None where it is left alone.
-        module: its denoiser.
+        networks: its denoisers, and what goes with them.
         inactive: why the pipeline is left alone, "" where it is not.
         pipe: the pipeline, referred to weakly.
 
@@ -70,27 +74,28 @@ class Controller:
         self,
         settings: Settings,
         record: AdapterRecord | None,
-        module: torch.nn.Module | None,
+        networks: Networks,
         inactive: str = "",
         pipe: Any = None,
     ) -> None:
-        self.settings, self.record, self.module, self.inactive = settings, record, module, inactive
+        self.settings, self.record, self.inactive = settings, record, inactive
+        self.networks = networks
         self.guidance: Guidance | None = None
         self._pipe = None if pipe is None else weakref.ref(pipe)
         self.notes: tuple[str, ...] = ()
         self._last: PipelineRun | None = None
         self._counts: Counter[str] = Counter()
         self._graphs = GraphCache(choose=settings.graph is None)
-        self._undo_tuning: Undo | None = None
+        self._undo_tuning: list[Undo] = []
         self._twins = Twins()
         self._lock = threading.Lock()
-        if module is not None:
-            self._resolve(module)
+        if networks.denoisers:
+            self._resolve()
 
-    def _resolve(self, module: torch.nn.Module) -> None:
+    def _resolve(self) -> None:
         settings = self.settings
         self.guidance, self.notes = resolve_guidance(
-            settings.guidance, settings.calibration, settings.nfe, module
+            settings.guidance, settings.calibration, settings.nfe, self.networks.module
         )
 
     @property
@@ -137,8 +142,8 @@ class Controller:
         """Counters since `compile`, and of the last call.
 
         Keys: ``runs``, ``failed_runs``, ``evaluations`` (all runs, per sample), ``refreshes``,
-        ``fused_steps``, ``last_nfe``, ``last_rows``, ``fallbacks`` (reason -> runs), ``graphs``
-        (see `Engine.stats`).
+        ``fused_steps``, ``last_nfe``, ``last_rows``, ``last_extras`` (calls for guidance of another
+        kind, in ``last_nfe``), ``fallbacks`` (reason -> runs), ``graphs`` (see `Engine.stats`).
         """
         reasons = {
             key.removeprefix("fallback: "): count
@@ -151,6 +156,7 @@ class Controller:
             **{name: self._counts[name] for name in names},
             "last_nfe": 0 if last is None else last.nfe,
             "last_rows": 0 if last is None else last.calls,
+            "last_extras": 0 if last is None else last.extras,
             "fallbacks": reasons,
             "graphs": self._graphs.report(),
         }
@@ -210,7 +216,8 @@ class Controller:
                 return ["  no call yet; thg.preview(scheduler, num_inference_steps) shows a plan"]
             return ["  no call yet; print(pipe.thg.plan.explain()) shows the plan of 50 steps"]
         if run.plan is None:
-            return [f"  last call: NFE {run.nfe}, guidance was off (guidance_scale <= 1)"]
+            off = "guidance was off (a scale of 1 or less, or no negative prompt)"
+            return [f"  last call: NFE {run.nfe}, {off}"]
         plan = run.plan
         grid = ", ".join(map(str, plan.coarse_grid))
         share = f"NFE {run.nfe} of {2 * plan.num_rows}"
@@ -227,35 +234,19 @@ class Controller:
         return [*lines, *(f"  {note}" for note in plan.notes)]
 
     @contextmanager
-    def running(self, pipe: Any, module: torch.nn.Module | None) -> Iterator[PipelineRun]:
+    def running(self, pipe: Any) -> Iterator[PipelineRun]:
         """Everything one call needs, undone however the call ends."""
-        if self.record is None or module is None:
-            raise ThgError(f"{type(pipe).__name__} has lost its denoiser; compile it again.")
-        self._follow(module)
-        wanted = self.settings.fused is not False
-        layout = find_layout(module)
-        if layout is None:
-            raise ThgError(f"{type(module).__name__} is no denoiser that is known; uncompile.")
-        graphs = None
-        if self.settings.graph is not False:
-            graphs = RunGraphs(self._graphs, processors(module), module, self.record, layout)
-            if hasattr(getattr(pipe, self.record.denoiser), "_orig_mod"):
-                self._graphs.refuse(WRAPPED)
-                graphs = None
-        run = PipelineRun(
-            pipe,
-            module,
-            self.record,
-            layout,
-            lambda: self._plan_of_call(run),
-            (lambda *args: self._fuse(run, *args)) if wanted else None,
-            graphs,
-        )
+        if self.record is None:
+            raise ThgError(f"{type(pipe).__name__} is left alone; compile it again.")
+        self._follow(pipe, self.record)
+        run = self._begin(pipe, self.record)
         token = hook.activate(run)
         with self._lock:
             self._counts["runs"] += 1
+        # Rows of one call per branch end with the step, whoever takes it.
+        steps = self.settings.fused is not False or self.record.calls
         try:
-            with stepping(pipe.scheduler) if wanted else nullcontext():
+            with stepping(pipe.scheduler) if steps else nullcontext():
                 yield run
         except BaseException:
             with self._lock:
@@ -265,6 +256,32 @@ class Controller:
             hook.deactivate(token)
             run.finish()
             self._count(run)
+
+    def _begin(self, pipe: Any, record: AdapterRecord) -> PipelineRun:
+        """The run of a call of ``pipe``."""
+        run: PipelineRun
+        networks = self.networks
+        layout = None if record.calls else find_layout(networks.module)
+
+        def graphs(index: int = 0) -> RunGraphs:
+            state = processors(networks.denoisers)
+            return RunGraphs(self._graphs, state, networks.denoisers, record, layout, index)
+
+        wanted = self.settings.graph is not False
+        if wanted and networks.is_wrapped:
+            self._graphs.refuse(WRAPPED)
+            wanted = False
+        common: Any = (
+            *(pipe, record, networks.denoisers, lambda: self._plan_of_call(run)),
+            None if self.settings.fused is False else lambda *args: self._fuse(run, *args),
+        )
+        if layout is None:
+            run = CallsRun(*common, CallGraphs(graphs) if wanted else None)
+        else:
+            companions = networks.companions
+            kept = graphs() if wanted else None
+            run = BatchRun(*common, kept, layout=layout, companions=companions)
+        return run
 
     def _count(self, run: PipelineRun) -> None:
         with self._lock:
@@ -279,32 +296,51 @@ class Controller:
         return self._twins.one(pipe)
 
     def tune(self) -> None:
-        """Make the changes of the denoiser that were asked for."""
-        if self.module is not None:
-            self._undo_tuning = tune(self.module, self.settings.denoiser, self.settings.attention)
+        """Make the changes of the denoisers that were asked for."""
+        settings = self.settings
+        try:
+            for module in self.networks.denoisers:
+                self._undo_tuning.append(tune(module, settings.denoiser, settings.attention))
+        except BaseException:
+            self.undo_tuning()
+            raise
 
     def undo_tuning(self) -> None:
         """Take them back, and drop what was captured."""
-        undo, self._undo_tuning = self._undo_tuning, None
         self._graphs.flush()
-        if undo is not None:
-            undo()
+        while self._undo_tuning:
+            self._undo_tuning.pop()()
 
-    def _follow(self, module: torch.nn.Module) -> None:
-        """Move the hook when the user has given the pipeline another denoiser."""
-        if module is not self.module:
-            self._resolve(module)
-            if self.module is not None:
-                self.undo_tuning()
-                hook.detach(self.module, self)
-            self.module = module
+    def attach(self) -> None:
+        """Put the guidance hook on every network."""
+        for module in self.networks.hooked:
+            hook.attach(module, self)
+
+    def detach(self) -> None:
+        """Take it off."""
+        for module in self.networks.hooked:
+            hook.detach(module, self)
+
+    def _follow(self, pipe: Any, record: AdapterRecord) -> None:
+        """Move the hook when the user has given the pipeline other networks."""
+        networks = Networks.of(pipe, record)
+        reason = networks.why_not(pipe, record)
+        if reason:
+            raise ThgError(f"{reason}; compile the pipeline again, or uncompile it.")
+        before, self.networks = self.networks, networks
+        if any(a is not b for a, b in zip_longest(before.denoisers, networks.denoisers)):
+            self._resolve()
+            self.undo_tuning()
             self.tune()
-        hook.attach(module, self)
+        for module in before.hooked:
+            if not any(module is kept for kept in networks.hooked):
+                hook.detach(module, self)
+        self.attach()
 
     def _plan_of_call(self, run: PipelineRun) -> tuple[tuple[GuidanceRow, ...], SamplingPlan]:
         """Rows and plan of the call in progress: the timesteps are set, truncation is known."""
         scale = scale_of(run.pipe, run.record, run.arguments)
-        return self._plan(run.pipe.scheduler, num_rows_of(run.pipe), scale)
+        return self._plan(run.pipe.scheduler, num_rows_of(run.pipe, run.arguments), scale)
 
     def _fuse(
         self,
@@ -324,7 +360,7 @@ class Controller:
         name = "none" if self.guidance is None else self.guidance.name
         return fused_plan(
             run.pipe.scheduler,
-            num_rows_of(run.pipe),
+            num_rows_of(run.pipe, run.arguments),
             ChosenRows(name, rows),
             scale_of(run.pipe, run.record, run.arguments),
             step_kwargs,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import itertools
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -14,11 +15,11 @@ ADAPTER_STATE = ("scale", "scaling", "_active_adapter", "_disable_adapters", "me
 """Where IP-Adapters (a list of scales) and LoRA layers keep what a callback may turn."""
 
 
-def adapter_state(pipe: Any, module: torch.nn.Module) -> list[Any]:
+def adapter_state(pipe: Any, modules: Sequence[torch.nn.Module]) -> list[Any]:
     """How strongly adapters act, as something to compare; no device is touched."""
     extra = getattr(pipe, "_cross_attention_kwargs", None) or {}
     state: list[Any] = [(name, _plain(value)) for name, value in extra.items()]
-    for part in module.modules():
+    for part in itertools.chain.from_iterable(module.modules() for module in modules):
         own = vars(part)
         state += [_plain(own[name]) for name in ADAPTER_STATE if name in own]
     return state
@@ -29,7 +30,8 @@ def _plain(value: Any) -> Any:
     return id(value) if isinstance(value, Tensor) else repr(value)
 
 
-def processors(module: Any) -> Hashable:
+def processors(modules: Sequence[Any]) -> Hashable:
     """The attention processors and their plain attributes, as something to compare."""
-    found = getattr(module, "attn_processors", None) or {}
-    return tuple((name, one, hash(attributes(one))) for name, one in found.items())
+    found = [getattr(module, "attn_processors", None) or {} for module in modules]
+    named = itertools.chain.from_iterable(each.items() for each in found)
+    return tuple((name, one, hash(attributes(one))) for name, one in named)

@@ -8,7 +8,8 @@ back where the pipeline did something else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -33,9 +34,10 @@ class DenoiserBuffers:
 
     Args:
         forward: the denoiser below the hook.
-        named: its arguments in a call with both branches, by name.
+        named: its arguments in a call with all branches, by name; or with one, of a pipeline that
+            makes a call for each.
         record: how the branches share the call.
-        layout: which arguments carry the batch.
+        layout: which arguments carry the batch; None where branches do not share it.
     """
 
     def __init__(
@@ -43,19 +45,22 @@ class DenoiserBuffers:
         forward: Forward,
         named: Mapping[str, Any],
         record: AdapterRecord,
-        layout: ArgumentLayout,
+        layout: ArgumentLayout | None,
     ) -> None:
         self._forward = forward
         self._loaded: dict[int, tuple[Any, int]] = {}
-        device = named[layout.sample].device
+        device = device_of(named)
         # A timestep on the host would be frozen in the capture: here it is on the device.
         self.named = pytree.tree_map_only(
             Tensor, lambda value: value.to(device, copy=True), dict(named)
         )
-        try:
-            self._half: dict[str, Any] | None = slice_half(self.named, layout, record.cond_half)
-        except CannotSlice:  # then every row evaluates both
-            self._half = None
+        self._half: dict[str, Any] | None = None
+        self._part = (record.branches, record.cond_half)
+        if layout is not None:
+            with suppress(CannotSlice):  # then every row evaluates both
+                self._half = slice_half(
+                    self.named, layout, record.cond_half, branches=record.branches
+                )
 
     def load(self, named: Mapping[str, Any]) -> None:
         """Take over the values of another call; what is still there is not copied again."""
@@ -66,6 +71,8 @@ class DenoiserBuffers:
             version = -1 if value.is_inference() else value._version  # there edits are not seen
             before, seen = self._loaded.get(k, (None, -1))
             if version < 0 or value is not before or version != seen:
+                if value.shape != into.shape:  # what halved companions have made
+                    into = into.chunk(self._part[0])[self._part[1]]
                 into.copy_(value, non_blocking=True)
                 self._loaded[k] = value, version
 
@@ -102,7 +109,7 @@ class RowBuffers(DenoiserBuffers):
         forward: Forward,
         named: Mapping[str, Any],
         record: AdapterRecord,
-        layout: ArgumentLayout,
+        layout: ArgumentLayout | None,
         shape: Shape,
         x: Tensor,
         dtype: torch.dtype,
@@ -140,34 +147,50 @@ class RunGraphs:
 
     Args:
         cache: of the compiled pipeline.
-        pipe_state: what the pipeline adds to the fingerprint of its denoiser.
-        module: the denoiser.
+        pipe_state: what the pipeline adds to the fingerprint of its denoisers.
+        modules: its denoisers.
         record: how the branches share a call.
-        layout: which arguments carry the batch.
+        layout: which arguments carry the batch; None where branches do not share it.
+        index: of the denoiser whose calls these are.
     """
 
     def __init__(
         self,
         cache: GraphCache,
         pipe_state: Hashable,
-        module: torch.nn.Module,
+        modules: Sequence[torch.nn.Module],
         record: AdapterRecord,
-        layout: ArgumentLayout,
+        layout: ArgumentLayout | None,
+        index: int = 0,
     ) -> None:
-        self._cache, self._record, self._layout, self._module = cache, record, layout, module
-        self._pipe_state = pipe_state
+        self._cache, self._record, self._layout = cache, record, layout
+        self._modules, self._index, self._pipe_state = modules, index, pipe_state
         self._forward: Forward | None = None
         self._named: Mapping[str, Any] = {}
+        self._first: Mapping[str, Any] = {}
         self._signature: Hashable = None
+        self._seen: dict[tuple[str, ...], Hashable] = {}
         self._leases: dict[str, Lease | str] = {}
         self._is_off = False
 
-    def note(self, forward: Forward, named: Mapping[str, Any]) -> None:
-        """The call in progress; graphs are of calls like the first."""
-        signature = signature_of((dict(named), autocast()))
-        if self._forward is not None and signature != self._signature:
+    def note(self, forward: Forward, named: Mapping[str, Any], apart: tuple[str, ...] = ()) -> None:
+        """The call in progress; graphs are of calls like the first.
+
+        Args:
+            forward: the denoiser below the hook.
+            named: its arguments.
+            apart: those that are of the conditional branch alone already, in this call.
+        """
+        shared = {name: value for name, value in named.items() if name not in apart}
+        signature = signature_of((shared, autocast()))
+        if self._forward is None:
+            self._signature, self._first = signature, dict(named)
+        if apart and apart not in self._seen:
+            first = {name: value for name, value in self._first.items() if name not in apart}
+            self._seen[apart] = signature_of((first, autocast()))
+        if signature != self._seen.get(apart, self._signature):
             self.turn_off()
-        self._forward, self._named, self._signature = forward, named, signature
+        self._forward, self._named = forward, named
 
     def start_row(self, shape: Shape, x: Tensor, dtype: torch.dtype) -> RowBuffers | None:
         """Graphs of denoiser and row for the rest of the run; None: there are none."""
@@ -219,7 +242,7 @@ class RunGraphs:
             if isinstance(lease, Lease):
                 lease.release()
         self._leases.clear()
-        self._forward, self._named = None, {}
+        self._forward, self._named, self._first = None, {}, {}
 
     def _replayed(self, lease: Lease | None, variant: str) -> Any:
         if lease is None or self._is_off:
@@ -235,15 +258,56 @@ class RunGraphs:
         return lease if isinstance(lease, Lease) else None
 
     def _acquired(self, more: Hashable, build: Callable[[], Any]) -> Lease | str:
-        reason = why_not_captured(self._module, own=HOOK_NAME)
+        reason = why_not_captured(self._modules[self._index], own=HOOK_NAME)
         if self._signature is None:
             reason = "an argument of the denoiser is neither tensor nor value"
         if reason:
             return self._cache.refuse(reason)
-        device = self._named[self._layout.sample].device
         return self._cache.acquire(
-            (self._signature, more),
-            lambda: (module_fingerprint(self._module), self._pipe_state),
-            device,
+            (self._index, self._signature, more),
+            lambda: (*map(module_fingerprint, self._modules), self._pipe_state),
+            device_of(self._named),
             build,
         )
+
+
+class CallGraphs:
+    """Graphs of a run whose branches are calls of their own: some per denoiser and signature.
+
+    Args:
+        make: the graphs of calls of one denoiser, by its index.
+    """
+
+    def __init__(self, make: Callable[[int], RunGraphs]) -> None:
+        self._make = make
+        self._graphs: dict[Hashable, RunGraphs] = {}
+        self._is_off = False
+
+    def replay(self, forward: Forward, index: int, named: Mapping[str, Any]) -> Any:
+        """The output of a call of the denoiser of that index; None: run it eagerly."""
+        if self._is_off:
+            return None
+        signature = (index, signature_of((dict(named), autocast())))
+        if signature not in self._graphs:
+            self._graphs[signature] = self._make(index)
+        graphs = self._graphs[signature]
+        graphs.note(forward, named)
+        output = graphs.replay("both")
+        if output is None:
+            graphs.count_eager()
+        return output
+
+    def turn_off(self) -> None:
+        """For the rest of the run: what the graphs take for granted has changed."""
+        self._is_off = True
+
+    def release(self) -> None:
+        """Let other runs have the graphs."""
+        for graphs in self._graphs.values():
+            graphs.release()
+        self._graphs.clear()
+
+
+def device_of(named: Mapping[str, Any]) -> torch.device:
+    """Where a denoiser is called: the device of its first tensor."""
+    return next(value.device for value in named.values() if isinstance(value, Tensor))

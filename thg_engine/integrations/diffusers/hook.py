@@ -72,10 +72,10 @@ class GuidanceHook(ModelHook):  # type: ignore[misc]
         """Replacement of ``module.forward``."""
         run = _ACTIVE.get()
         original = self.fn_ref.original_forward
-        if run is None or run.module is not module:
+        if run is None or not run.knows(module):
             return original(*args, **kwargs)
         look(run, module)
-        args, kwargs, finish = _prepare(run, args, kwargs)
+        args, kwargs, finish = _prepare(run, module, args, kwargs)
         output = _replayed(run, original)
         if output is None:
             with cache_context(run, module, args, kwargs):
@@ -84,8 +84,8 @@ class GuidanceHook(ModelHook):  # type: ignore[misc]
 
 
 @_host_only
-def _prepare(run: PipelineRun, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return run.prepare(args, kwargs)
+def _prepare(run: PipelineRun, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return run.prepare(module, args, kwargs)
 
 
 @_host_only

@@ -10,13 +10,39 @@ _UNET_RESIDUALS = (
     "mid_block_additional_residual",
     "down_intrablock_additional_residuals",
 )
+_CONTROLNET = ArgumentLayout(
+    "sample",
+    (*_TEXT, "controlnet_cond", "control_type", "class_labels", "added_cond_kwargs"),
+    ("timestep", "timestep_cond", "attention_mask", "cross_attention_kwargs"),
+    ("conditioning_scale", "control_type_idx"),
+)
 _UNET = ArgumentLayout(
     "sample",
     (*_TEXT, "class_labels", "attention_mask", "added_cond_kwargs", *_UNET_RESIDUALS),
     ("timestep", "timestep_cond", "cross_attention_kwargs"),
+    residuals=_UNET_RESIDUALS,
 )
 LAYOUTS: dict[str, ArgumentLayout] = {
     "UNet2DConditionModel": _UNET,
+    "ControlNetModel": _CONTROLNET,
+    "ControlNetUnionModel": _CONTROLNET,
+    "SD3ControlNetModel": ArgumentLayout(
+        "hidden_states",
+        ("controlnet_cond", "encoder_hidden_states", "pooled_projections"),
+        ("timestep", "joint_attention_kwargs"),
+        ("conditioning_scale",),
+    ),
+    "HunyuanDiT2DControlNetModel": ArgumentLayout(
+        "hidden_states",
+        (
+            *("controlnet_cond", "encoder_hidden_states", "text_embedding_mask", "style"),
+            *("encoder_hidden_states_t5", "text_embedding_mask_t5", "image_meta_size"),
+        ),
+        shared=("image_rotary_emb", "conditioning_scale"),
+    ),
+    "SanaControlNetModel": ArgumentLayout(
+        "hidden_states", (*_TEXT, "controlnet_cond", "attention_mask")
+    ),
     "UNetControlNetXSModel": ArgumentLayout(
         "sample",
         ("encoder_hidden_states", "controlnet_cond", "class_labels", "added_cond_kwargs"),
@@ -64,12 +90,16 @@ LAYOUTS: dict[str, ArgumentLayout] = {
         "hidden_states",
         ("encoder_hidden_states", "pooled_projections", "block_controlnet_hidden_states"),
         ("timestep", "joint_attention_kwargs"),
+        residuals=("block_controlnet_hidden_states",),
+        extras=("skip_layers",),
     ),
     "PixArtTransformer2DModel": ArgumentLayout(
         "hidden_states", (*_TEXT, "added_cond_kwargs", "attention_mask")
     ),
     "SanaTransformer2DModel": ArgumentLayout(
-        "hidden_states", (*_TEXT, "guidance", "controlnet_block_samples"), ("timestep",)
+        "hidden_states",
+        (*_TEXT, "guidance", "controlnet_block_samples"),
+        residuals=("controlnet_block_samples",),
     ),
     "HunyuanDiT2DModel": ArgumentLayout(
         "hidden_states",
@@ -78,6 +108,7 @@ LAYOUTS: dict[str, ArgumentLayout] = {
             *("text_embedding_mask_t5", "image_meta_size", "style", "controlnet_block_samples"),
         ),
         shared=("image_rotary_emb",),
+        residuals=("controlnet_block_samples",),
     ),
     "AuraFlowTransformer2DModel": ArgumentLayout("hidden_states", ("encoder_hidden_states",)),
     "DiTTransformer2DModel": ArgumentLayout("hidden_states", ("class_labels",)),

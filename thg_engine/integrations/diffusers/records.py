@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .adapter_types import AdapterRecord
 
 _UNETS = (
@@ -43,12 +45,47 @@ _TRANSFORMERS = (
     *("HiDreamImagePipeline", "HunyuanDiTControlNetPipeline", "CogView3PlusPipeline"),
     *("LTXImageToVideoPipeline", "LTXConditionPipeline", "LattePipeline", "AllegroPipeline"),
 )
+_TRUE_CFG = (
+    *("FluxPipeline", "FluxImg2ImgPipeline", "FluxKontextPipeline"),
+    *("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageImg2ImgPipeline"),
+    *("QwenImageInpaintPipeline", "HunyuanVideoPipeline"),
+)
+_CALLS = (
+    *("ChromaPipeline", "CogView4Pipeline", "Lumina2Pipeline", "SkyReelsV2Pipeline"),
+    "WanVideoToVideoPipeline",
+)
+_EXPERTS = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
+_CONTROLLED = {
+    *("StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline"),
+    *("StableDiffusionControlNetInpaintPipeline", "StableDiffusionXLControlNetPipeline"),
+    *("StableDiffusionXLControlNetImg2ImgPipeline", "StableDiffusionXLControlNetInpaintPipeline"),
+    *(
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+    ),
+    *("StableDiffusionXLControlNetUnionInpaintPipeline", "StableDiffusion3ControlNetPipeline"),
+    *("StableDiffusion3ControlNetInpaintingPipeline", "HunyuanDiTControlNetPipeline"),
+    "SanaControlNetPipeline",
+}
 RECORDS: dict[str, AdapterRecord] = {
-    record.pipeline: record
+    record.pipeline: (
+        replace(record, companions=("controlnet",)) if record.pipeline in _CONTROLLED else record
+    )
     for record in (
         *(AdapterRecord(name) for name in _UNETS),
         *(AdapterRecord(name, "transformer") for name in _TRANSFORMERS),
-        AdapterRecord("StableVideoDiffusionPipeline", scale="max_guidance_scale"),
+        *(AdapterRecord(name, "transformer", calls=True) for name in _CALLS),
+        *(
+            AdapterRecord(name, "transformer", scale="true_cfg_scale", calls=True)
+            for name in _TRUE_CFG
+        ),
+        *(
+            AdapterRecord(name, "transformer", calls=True, experts=("transformer_2",))
+            for name in _EXPERTS
+        ),
+        AdapterRecord("StableVideoDiffusionPipeline"),
+        AdapterRecord("StableDiffusionInstructPix2PixPipeline", cond_half=0, branches=3),
+        AdapterRecord("StableDiffusionXLInstructPix2PixPipeline", cond_half=0, branches=3),
         AdapterRecord("DiTPipeline", "transformer", cond_half=0),
         AdapterRecord("LuminaPipeline", "transformer", cond_half=0),
         AdapterRecord("StableCascadePriorPipeline", "prior", cond_half=0),

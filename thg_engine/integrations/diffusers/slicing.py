@@ -30,15 +30,17 @@ def is_doubled(named: Mapping[str, Any], layout: ArgumentLayout) -> bool:
     return not rest and all(torch.equal(sample[k], sample[middle + k]) for k in range(middle))
 
 
-def slice_half(named: Mapping[str, Any], layout: ArgumentLayout, cond_half: int) -> dict[str, Any]:
-    """The arguments of a doubled call, conditional half only.
+def slice_half(
+    named: Mapping[str, Any], layout: ArgumentLayout, cond_half: int, branches: int = 2
+) -> dict[str, Any]:
+    """The arguments of a call with all branches, conditional one only.
 
     Raises:
         CannotSlice: an argument has a shape that the layout does not describe.
     """
     full = len(named[layout.sample])
-    if full % 2:
-        raise CannotSlice(f"{layout.sample} has an odd batch of {full}")
+    if full % branches:
+        raise CannotSlice(f"{layout.sample} has a batch of {full}, not of {branches} branches")
     if not is_doubled(named, layout):
         raise CannotSlice(f"the halves of {layout.sample} are not the same sample twice")
 
@@ -49,7 +51,7 @@ def slice_half(named: Mapping[str, Any], layout: ArgumentLayout, cond_half: int)
         dim = 1 if argument in layout.second else 0
         rows = shape[dim] if len(shape) > dim else 0
         if rows == full or (argument in layout.repeated and rows and rows % full == 0):
-            return value.chunk(2, dim)[cond_half]
+            return value.chunk(branches, dim)[cond_half]
         if argument in layout.unbatched and (value.ndim == 0 or shape[0] == 1):
             return value
         raise CannotSlice(f"{argument} has shape {shape}, its batch is not {full}")
