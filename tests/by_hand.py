@@ -22,6 +22,7 @@ class Network:
     def __init__(self, pipe, entry: Zoo) -> None:
         found = [getattr(pipe, name) for name in entry.denoiser.split(",")]
         self.modules = [module for module in found if module is not None]
+        self.module = self.modules[0]
         self.forwards = [module.forward for module in self.modules]
         self.rows: list[int] = []
         self.extras = 0
