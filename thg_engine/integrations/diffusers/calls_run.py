@@ -66,10 +66,14 @@ class CallsRun(PipelineRun):
         """See `PipelineRun.replayed`."""
         if self._answer is not None:
             return self._answer
-        waits = self._defers and not self._guides
-        if self.graphs is None or self._call is None or waits:
+        if self.graphs is None or self._call is None:
             return None
-        return self.graphs.replay(forward, *self._call)
+        output = None
+        if self._guides or not self._defers:
+            output = self.graphs.replay(forward, *self._call)
+        if output is None:
+            self.graphs.count_eager()
+        return output
 
     def step(self, output: Tensor, sample: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
         """See `PipelineRun.step`; ends the row."""

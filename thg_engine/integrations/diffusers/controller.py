@@ -276,7 +276,7 @@ class Controller:
             None if self.settings.fused is False else lambda *args: self._fuse(run, *args),
         )
         if layout is None:
-            run = CallsRun(*common, CallGraphs(graphs) if wanted else None)
+            run = CallsRun(*common, CallGraphs(self._graphs, graphs) if wanted else None)
         else:
             companions = networks.companions
             kept = graphs() if wanted else None

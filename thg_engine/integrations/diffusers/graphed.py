@@ -275,11 +275,12 @@ class CallGraphs:
     """Graphs of a run whose branches are calls of their own: some per denoiser and signature.
 
     Args:
+        cache: of the compiled pipeline.
         make: the graphs of calls of one denoiser, by its index.
     """
 
-    def __init__(self, make: Callable[[int], RunGraphs]) -> None:
-        self._make = make
+    def __init__(self, cache: GraphCache, make: Callable[[int], RunGraphs]) -> None:
+        self._cache, self._make = cache, make
         self._graphs: dict[Hashable, RunGraphs] = {}
         self._is_off = False
 
@@ -292,10 +293,11 @@ class CallGraphs:
             self._graphs[signature] = self._make(index)
         graphs = self._graphs[signature]
         graphs.note(forward, named)
-        output = graphs.replay("both")
-        if output is None:
-            graphs.count_eager()
-        return output
+        return graphs.replay("both")
+
+    def count_eager(self) -> None:
+        """A call that ran eagerly."""
+        self._cache.count(eager_calls=1)
 
     def turn_off(self) -> None:
         """For the rest of the run: what the graphs take for granted has changed."""
