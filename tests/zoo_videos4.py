@@ -16,7 +16,7 @@ from zoo_videos import ltx_vae, video, wan_vae
 from zoo_videos2 import VIDEO
 from zoo_videos_audio import AUDIO, clap, roberta_words, vocoder
 
-LTX2 = {"scale": "guidance_scale", "batch": None, **VIDEO}
+LTX2 = {"result": "frames", "batch": None, "copies": None}
 
 
 def ltx2_net():
@@ -227,7 +227,7 @@ def sana_video():
     return diffusers.SanaVideoPipeline(**sana_video_parts()), given
 
 
-@zoo("SanaImageToVideoPipeline", **{**SANA, "batch": None})
+@zoo("SanaImageToVideoPipeline", **{**SANA, "batch": None, "copies": None})
 def sana_image_to_video():
     given = both(image=picture(size=32), frames=9, **PLAINLY, **sized(32))
     parts = {**sana_video_parts(), "scheduler": flow()}
