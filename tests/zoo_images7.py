@@ -351,3 +351,21 @@ def paint_by_example():
     }
     given = both(**images, mask_image=torch.ones(1, 1, 16, 16), **sized(16))
     return pipe, {k: v for k, v in given.items() if not k.endswith("prompt")}
+
+
+@zoo("StableDiffusionModelEditingPipeline", denoiser="unet", callbacks=False, other=sized(24))
+def sd_model_editing():
+    pipe = diffusers.StableDiffusionModelEditingPipeline(**sd_parts(), with_augs=[])
+    return pipe, both(**sized(16))
+
+
+@zoo(
+    "StableDiffusionInpaintPipelineLegacy",
+    denoiser="unet",
+    callbacks=False,
+    batch=None,
+    rows=(2,) * 4,
+)
+def sd_inpaint_legacy():
+    pipe = diffusers.StableDiffusionInpaintPipelineLegacy(**sd_parts())
+    return pipe, both(image=picture(), mask_image=mask(), **LATE)

@@ -278,3 +278,20 @@ def musicldm():
     )
     given = both(audio_length_in_s=0.008, output_type="np", **heard())
     return pipe, {k: v for k, v in given.items() if not k.endswith("prompt")}
+
+
+@zoo("LTX2Pipeline", denoiser="transformer", **LTX2)
+def ltx2_perturbed():
+    """As released: two calls more in every step, blocks left out and modalities kept apart."""
+    pipe, given = ltx2_text()
+    extra = {"stg_scale": 1.0, "modality_scale": 3.0, "spatio_temporal_guidance_blocks": [1]}
+    return pipe, {**given, **extra}
+
+
+@zoo("LTX2ConditionPipeline", denoiser="transformer", **LTX2)
+def ltx2_condition():
+    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+
+    pipe, given = ltx2("LTX2ConditionPipeline"), ltx2_text()[1]
+    seen = LTX2VideoCondition(frames=picture(size=32), index=0, strength=1.0, crf=0)
+    return pipe, {**given, "conditions": [seen]}

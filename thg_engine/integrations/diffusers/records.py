@@ -26,6 +26,7 @@ _UNETS = (
     *("KandinskyInpaintPipeline", "KandinskyV22Img2ImgPipeline", "KandinskyV22InpaintPipeline"),
     *("KandinskyV22ControlnetPipeline", "KandinskyV22ControlnetImg2ImgPipeline"),
     *("Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline"),
+    *("StableDiffusionModelEditingPipeline", "StableDiffusionInpaintPipelineLegacy"),
     *("StableDiffusionDiffEditPipeline", "PaintByExamplePipeline", "PIAPipeline"),
     *("AnimateDiffControlNetPipeline", "AnimateDiffVideoToVideoPipeline"),
     *("AnimateDiffVideoToVideoControlNetPipeline", "AnimateDiffSparseControlNetPipeline"),
@@ -44,7 +45,7 @@ _TRANSFORMERS = (
     *("BriaPipeline", "BriaFiboPipeline", "PRXPipeline", "ErnieImagePipeline"),
     *("LTX2Pipeline", "LTX2ImageToVideoPipeline", "SanaVideoPipeline", "AmusedPipeline"),
     *("SanaImageToVideoPipeline", "EasyAnimatePipeline", "EasyAnimateInpaintPipeline"),
-    *("AmusedImg2ImgPipeline", "AmusedInpaintPipeline"),
+    *("AmusedImg2ImgPipeline", "AmusedInpaintPipeline", "LTX2ConditionPipeline"),
     *("HiDreamImagePipeline", "HunyuanDiTControlNetPipeline", "CogView3PlusPipeline"),
     *("LTXImageToVideoPipeline", "LTXConditionPipeline", "LattePipeline", "AllegroPipeline"),
 )
