@@ -33,6 +33,29 @@ REASONS = {
     "distilled": "guidance is distilled into the network: one branch, nothing to save",
     "none": "no classifier-free guidance in a loop of its own",
 }
+_TWO_STAGES = "several denoisers, each with a scheduler of its own"
+_ONNX = "an ONNX network, which cannot be hooked"
+_CHUNKS = "one run of all timesteps for every chunk of the video: rows are not timesteps"
+SPECIFIC_REASONS = {
+    "OnnxStableDiffusionPipeline": _ONNX,
+    "OnnxStableDiffusionImg2ImgPipeline": _ONNX,
+    "OnnxStableDiffusionInpaintPipeline": _ONNX,
+    "OnnxStableDiffusionInpaintPipelineLegacy": _ONNX,
+    "OnnxStableDiffusionUpscalePipeline": _ONNX,
+    "StableDiffusionOnnxPipeline": _ONNX,
+    "UnCLIPPipeline": _TWO_STAGES,
+    "UnCLIPImageVariationPipeline": _TWO_STAGES,
+    "LTXI2VLongMultiPromptPipeline": _CHUNKS,
+    "AnyFlowFARPipeline": f"{_CHUNKS}; a cache holds keys of both branches",
+    "StableDiffusionAttendAndExcitePipeline": "its attention maps and gradients steer the latents",
+    "StableDiffusionPix2PixZeroPipeline": "its attention maps and gradients steer the latents",
+    "StableDiffusionPanoramaPipeline": "several windows per step, each in calls of its own",
+    "StableDiffusionParadigmsPipeline": "many steps in one call, repeated until they agree",
+    "TextToVideoZeroPipeline": "its attention splits the batch into two halves by itself",
+    "TextToVideoZeroSDXLPipeline": "its attention splits the batch into two halves by itself",
+    "EasyAnimateControlPipeline": "its call fails in diffusers itself (an unknown argument)",
+}
+"""Why a class that has one call per step has no record, where there is more to say."""
 HEAD = """# Pipelines
 
 Every pipeline class of diffusers {version}, the pattern of its guidance, and what
@@ -76,7 +99,8 @@ def rows() -> list[dict[str, object]]:
         if name in RECORDS:
             row |= {"tier": tier_of(ready[0]) if ready else "hook", "reason": ""}
         else:
-            row["reason"] = REASONS.get(seen["pattern"], seen["reason"])
+            usual = REASONS.get(seen["pattern"], seen["reason"])
+            row["reason"] = SPECIFIC_REASONS.get(name, usual)
         found.append(row)
     return found
 

@@ -34,3 +34,15 @@ def test_embedding(capsys: pytest.CaptureFixture[str]) -> None:
         namespace["cond"], namespace["uncond"], namespace["plan"],
     )  # fmt: skip
     assert torch.equal(images[3], again)
+
+
+def test_guiders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {}
+    for code in blocks("guiders.md"):
+        exec(compile(code, "docs/guiders.md", "exec"), namespace)
+    guider = namespace["guider"]
+    assert guider.nfe == guider.plan.nfe == 30 and torch.isfinite(namespace["sample"]).all()
+    assert guider.plan.solver == "FlowMatchEulerDiscreteScheduler"
+    assert type(guider).from_pretrained("guider").guidance == guider.guidance

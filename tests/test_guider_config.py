@@ -53,6 +53,7 @@ def test_methods_of_ones_own_stay_objects() -> None:
 
 def test_a_plan_of_another_length_is_refused_before_the_model_runs() -> None:
     guider = TortoiseHareGuidance(guidance=METHODS[-1])
+    drive(guider, outputs())
     with pytest.raises(InvalidArgument, match="this run makes 4 model calls"):
         guider.set_state(0, 4, torch.tensor(9.0))
     assert guider.num_conditions == 2 and guider.plan is None

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import inspect
+
 import diffusers
 import pytest
 import torch
@@ -15,7 +19,7 @@ from pipelines import picture
 from thg_engine import CFG, THG, CFGCache, TortoiseHareGuidance
 from thg_engine.errors import CalibrationError, InvalidArgument
 from thg_engine.integrations.diffusers.guided import GuiderSwap, compile_guider, swap_guider
-from zoo import ZOO, Zoo, arguments, build, call
+from zoo import ZOO, Zoo, arguments, build, call, seeded
 
 MODULES = (zoo_images3, zoo_images4, zoo_modular, zoo_videos2)
 GRID = THG(grid=2)
@@ -260,6 +264,43 @@ def test_one_call_is_one_count() -> None:
     text = "\n".join(swap.report_lines())
     assert "guider, guider_2 replaced" in text and f"NFE {swap.nfe} of 12" in text
     assert "FlowMatchEulerDiscreteScheduler" in text
+
+
+def test_a_twin_has_guiders_of_its_own() -> None:
+    entry = ZOO["sdxl_modular"]
+    pipe = build(entry)
+    swap = swap_guider(pipe, GRID)
+    expected = call(entry, pipe)
+    twin = object.__new__(type(pipe))
+    vars(twin).update(vars(pipe), scheduler=copy.deepcopy(pipe.scheduler))
+    swap.lend(twin)
+    assert twin.guider is not pipe.guider and twin.guider.scheduler is twin.scheduler
+    before = swap.stats()
+    assert torch.equal(call(entry, twin), expected) and swap.stats() == before
+    assert twin.guider.nfe == pipe.guider.nfe
+
+
+@pytest.mark.parametrize("guess_mode", [False, True])
+def test_controlnet_runs_no_oftener_than_the_unet(guess_mode: bool) -> None:
+    entry = ZOO["sdxl_modular"]
+    pipe = build(entry)
+    config = {"conditioning_embedding_out_channels": (4, 8), **dict(pipe.unet.config)}
+    kept = inspect.signature(diffusers.ControlNetModel.__init__).parameters
+    config = {name: value for name, value in config.items() if name in kept}
+    network = seeded(lambda: diffusers.ControlNetModel(**config))
+    pipe.update_components(controlnet=network)
+    given = {"control_image": picture(), "guess_mode": guess_mode}
+    both = dataclasses.replace(entry, denoiser="unet,controlnet")
+    with Network(pipe, both) as stock:
+        expected = call(entry, pipe, **given)
+    swap = compile_guider(pipe, "cfg")
+    assert torch.equal(call(entry, pipe, **given), expected)
+    swap.undo(pipe)
+    swap = swap_guider(pipe, GRID)
+    with Network(pipe, both) as ours:
+        call(entry, pipe, **given)
+    saved = 2 if guess_mode else 4
+    assert swap.nfe == 6 and len(ours.rows) == len(stock.rows) - saved
 
 
 @pytest.mark.parametrize("name", ["HeunDiscrete", "PNDM", "UniPCMultistep"])

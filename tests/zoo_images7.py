@@ -7,8 +7,9 @@ import functools
 import diffusers
 import torch
 import transformers
+from PIL import Image
 
-from pipelines import mask, picture, tokenizer
+from pipelines import ddim, mask, picture, tokenizer
 from zoo import (
     both,
     clip,
@@ -244,23 +245,24 @@ def amused(name: str):
 
 
 TOKENS = {"denoiser": "transformer", "callbacks": False}
+# Less, and the tokens that are drawn are the same.
+STRONG = {"guidance_scale": 15.0, "num_inference_steps": 10, "output_type": "pt"}
 
 
 @zoo("AmusedPipeline", **TOKENS)
 def amused_text():
-    return amused("AmusedPipeline"), both(**sized(16), output_type="pt")
+    return amused("AmusedPipeline"), both(**STRONG, **sized(16))
 
 
-@zoo("AmusedImg2ImgPipeline", batch=TWO, rows=(2,) * 4, **TOKENS)
+@zoo("AmusedImg2ImgPipeline", batch=TWO, rows=(2,) * 8, **TOKENS)
 def amused_img2img():
-    given = both(image=picture(), output_type="pt", strength=0.8, num_inference_steps=5)
-    return amused("AmusedImg2ImgPipeline"), given
+    return amused("AmusedImg2ImgPipeline"), both(image=picture(), **STRONG, strength=0.8)
 
 
 @zoo("AmusedInpaintPipeline", batch=None, **TOKENS)
 def amused_inpaint():
-    given = both(image=picture(), mask_image=mask(), output_type="pt", strength=1.0)
-    return amused("AmusedInpaintPipeline"), given
+    images = {"image": picture(), "mask_image": Image.new("L", (16, 16), 255)}
+    return amused("AmusedInpaintPipeline"), both(**STRONG, **images, strength=1.0)
 
 
 def shap_e_prior():
@@ -308,6 +310,21 @@ def shap_e_img2img():
     return pipe, {**given, "image": picture()}
 
 
+@zoo("LDMTextToImagePipeline", denoiser="unet", callbacks=False, copies=None, batch=None)
+def ldm():
+    """The oldest of them: no latents to return, and the text anew in every step."""
+    pipe = diffusers.LDMTextToImagePipeline(
+        vqvae=vae(),
+        bert=clip(max_position_embeddings=77),
+        tokenizer=tokenizer(),
+        unet=sd_parts()["unet"],
+        scheduler=ddim(),
+    )
+    given = both(output_type="np", **sized(16))
+    given.pop("negative_prompt")
+    return pipe, given
+
+
 @zoo("StableDiffusionDiffEditPipeline", denoiser="unet", callbacks=False, batch=None, rows=(2,) * 4)
 def sd_diffedit():
     """Latents of an inversion outside of the mask."""
@@ -334,3 +351,21 @@ def paint_by_example():
     }
     given = both(**images, mask_image=torch.ones(1, 1, 16, 16), **sized(16))
     return pipe, {k: v for k, v in given.items() if not k.endswith("prompt")}
+
+
+@zoo("StableDiffusionModelEditingPipeline", denoiser="unet", callbacks=False, other=sized(24))
+def sd_model_editing():
+    pipe = diffusers.StableDiffusionModelEditingPipeline(**sd_parts(), with_augs=[])
+    return pipe, both(**sized(16))
+
+
+@zoo(
+    "StableDiffusionInpaintPipelineLegacy",
+    denoiser="unet",
+    callbacks=False,
+    batch=None,
+    rows=(2,) * 4,
+)
+def sd_inpaint_legacy():
+    pipe = diffusers.StableDiffusionInpaintPipelineLegacy(**sd_parts())
+    return pipe, both(image=picture(), mask_image=mask(), **LATE)

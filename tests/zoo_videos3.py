@@ -46,7 +46,7 @@ def animated(name: str, net=None, **parts):
     )
 
 
-@zoo("AnimateDiffControlNetPipeline", denoiser="unet", **ONE)
+@zoo("AnimateDiffControlNetPipeline", denoiser="unet", batch=None, **ONE)
 def animatediff_controlnet():
     net = unet(**FLAT)
     pipe = animated("AnimateDiffControlNetPipeline", net, controlnet=controlnet(net))

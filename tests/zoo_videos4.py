@@ -16,7 +16,7 @@ from zoo_videos import ltx_vae, video, wan_vae
 from zoo_videos2 import VIDEO
 from zoo_videos_audio import AUDIO, clap, roberta_words, vocoder
 
-LTX2 = {"scale": "guidance_scale", "batch": None, **VIDEO}
+LTX2 = {"result": "frames", "batch": None, "copies": None}
 
 
 def ltx2_net():
@@ -227,7 +227,7 @@ def sana_video():
     return diffusers.SanaVideoPipeline(**sana_video_parts()), given
 
 
-@zoo("SanaImageToVideoPipeline", **{**SANA, "batch": None})
+@zoo("SanaImageToVideoPipeline", **{**SANA, "batch": None, "copies": None})
 def sana_image_to_video():
     given = both(image=picture(size=32), frames=9, **PLAINLY, **sized(32))
     parts = {**sana_video_parts(), "scheduler": flow()}
@@ -278,3 +278,20 @@ def musicldm():
     )
     given = both(audio_length_in_s=0.008, output_type="np", **heard())
     return pipe, {k: v for k, v in given.items() if not k.endswith("prompt")}
+
+
+@zoo("LTX2Pipeline", denoiser="transformer", **LTX2)
+def ltx2_perturbed():
+    """As released: two calls more in every step, blocks left out and modalities kept apart."""
+    pipe, given = ltx2_text()
+    extra = {"stg_scale": 1.0, "modality_scale": 3.0, "spatio_temporal_guidance_blocks": [1]}
+    return pipe, {**given, **extra}
+
+
+@zoo("LTX2ConditionPipeline", denoiser="transformer", **LTX2)
+def ltx2_condition():
+    from diffusers.pipelines.ltx2.pipeline_ltx2_condition import LTX2VideoCondition
+
+    pipe, given = ltx2("LTX2ConditionPipeline"), ltx2_text()[1]
+    seen = LTX2VideoCondition(frames=picture(size=32), index=0, strength=1.0, crf=0)
+    return pipe, {**given, "conditions": [seen]}

@@ -87,6 +87,12 @@ class GuiderSwap:
             one.ours.reset()
         self._before = self.stats()["evaluations"]
 
+    def lend(self, twin: Any) -> None:
+        """Give another pipeline over the same networks guiders of its own, for a second thread."""
+        source = twin if hasattr(twin, "scheduler") else None
+        for one in self.replaced:
+            _put(twin, one.name, one.ours.new().follow(source))
+
     def preview(
         self, scheduler: Any, num_inference_steps: int = 50, guidance_scale: float | None = None
     ) -> SamplingPlan:

@@ -44,7 +44,7 @@ class GuiderRun:
 
     def follows(self, step: int, num_steps: int) -> bool:
         """Whether ``step`` is the next one of this run."""
-        return step == self._step + 1 and step > 0 and num_steps == len(self.rows)
+        return step == self._step + 1 and num_steps == len(self.rows)
 
     def open(self, step: int) -> None:
         """Go to ``step``."""

@@ -26,11 +26,12 @@ _UNETS = (
     *("KandinskyInpaintPipeline", "KandinskyV22Img2ImgPipeline", "KandinskyV22InpaintPipeline"),
     *("KandinskyV22ControlnetPipeline", "KandinskyV22ControlnetImg2ImgPipeline"),
     *("Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline"),
+    *("StableDiffusionModelEditingPipeline", "StableDiffusionInpaintPipelineLegacy"),
     *("StableDiffusionDiffEditPipeline", "PaintByExamplePipeline", "PIAPipeline"),
     *("AnimateDiffControlNetPipeline", "AnimateDiffVideoToVideoPipeline"),
     *("AnimateDiffVideoToVideoControlNetPipeline", "AnimateDiffSparseControlNetPipeline"),
     *("AnimateDiffSDXLPipeline", "TextToVideoSDPipeline", "VideoToVideoSDPipeline"),
-    *("I2VGenXLPipeline",),
+    *("I2VGenXLPipeline", "AudioLDMPipeline", "MusicLDMPipeline", "LDMTextToImagePipeline"),
     *("KolorsPipeline", "AnimateDiffPipeline", "KandinskyV22Pipeline", "AudioLDM2Pipeline"),
 )
 _TRANSFORMERS = (
@@ -42,6 +43,9 @@ _TRANSFORMERS = (
     *("StableDiffusion3ControlNetInpaintingPipeline", "SanaControlNetPipeline"),
     *("CogVideoXVideoToVideoPipeline", "CogVideoXFunControlPipeline"),
     *("BriaPipeline", "BriaFiboPipeline", "PRXPipeline", "ErnieImagePipeline"),
+    *("LTX2Pipeline", "LTX2ImageToVideoPipeline", "SanaVideoPipeline", "AmusedPipeline"),
+    *("SanaImageToVideoPipeline", "EasyAnimatePipeline", "EasyAnimateInpaintPipeline"),
+    *("AmusedImg2ImgPipeline", "AmusedInpaintPipeline", "LTX2ConditionPipeline"),
     *("HiDreamImagePipeline", "HunyuanDiTControlNetPipeline", "CogView3PlusPipeline"),
     *("LTXImageToVideoPipeline", "LTXConditionPipeline", "LattePipeline", "AllegroPipeline"),
 )
@@ -67,6 +71,14 @@ _CONTROLLED = {
     *("StableDiffusion3ControlNetInpaintingPipeline", "HunyuanDiTControlNetPipeline"),
     "SanaControlNetPipeline",
 }
+_LISTS = (
+    *("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+    *("ZImageControlNetPipeline", "ZImageControlNetInpaintPipeline"),
+)
+_PRIORS = (
+    *("KandinskyPriorPipeline", "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline"),
+    *("ShapEPipeline", "ShapEImg2ImgPipeline"),
+)
 RECORDS: dict[str, AdapterRecord] = {
     record.pipeline: (
         replace(record, companions=("controlnet",)) if record.pipeline in _CONTROLLED else record
@@ -90,5 +102,9 @@ RECORDS: dict[str, AdapterRecord] = {
         AdapterRecord("LuminaPipeline", "transformer", cond_half=0),
         AdapterRecord("StableCascadePriorPipeline", "prior", cond_half=0),
         AdapterRecord("StableCascadeDecoderPipeline", "decoder", cond_half=0),
+        AdapterRecord("WuerstchenPriorPipeline", "prior", cond_half=0),
+        AdapterRecord("WuerstchenDecoderPipeline", "decoder", cond_half=0),
+        *(AdapterRecord(name, "prior") for name in _PRIORS),
+        *(AdapterRecord(name, "transformer", cond_half=0) for name in _LISTS),
     )
 }
