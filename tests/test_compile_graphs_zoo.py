@@ -17,7 +17,7 @@ CAPTURES = {  # of a first call
     "wan_two_experts": 2,
     "flux_true_cfg": 1,
     "chroma": 1,
-    "qwen_image": 1,
+    "qwen_image": 2,
     "sd_controlnet": 2,
     "sd_controlnet_multi": 2,
     "sd3_controlnet": 2,

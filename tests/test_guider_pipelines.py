@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import ClassifierFreeGuidance
 
+import thg_engine
 import zoo_images3
 import zoo_images4
 import zoo_modular
@@ -18,7 +19,7 @@ import zoo_videos2
 from pipelines import picture
 from thg_engine import CFG, THG, CFGCache, TortoiseHareGuidance
 from thg_engine.errors import CalibrationError, InvalidArgument
-from thg_engine.integrations.diffusers.guided import GuiderSwap, compile_guider, swap_guider
+from thg_engine.integrations.diffusers.guided import GuiderSwap, swap_guider
 from zoo import ZOO, Zoo, arguments, build, call, seeded
 
 MODULES = (zoo_images3, zoo_images4, zoo_modular, zoo_videos2)
@@ -86,6 +87,11 @@ def by_hand(pipe, entry: Zoo, coarse: dict[str, tuple[int, ...]]) -> torch.Tenso
         return call(entry, pipe)
     finally:
         vars(pipe).update(kept)
+
+
+def compile_guider(pipe, *args, **kwargs) -> GuiderSwap:
+    """Of a compiled pipeline."""
+    return thg_engine.compile(pipe, *args, **kwargs).thg.swap
 
 
 @pytest.mark.parametrize("entry", entries())
@@ -226,7 +232,7 @@ def test_a_guider_of_the_users_own() -> None:
     swap = compile_guider(pipe, CFGCache(interval=2, start=0.5))
     call(entry, pipe)
     assert swap.nfe == 7 and pipe.guider is not mine
-    swap.undo(pipe)
+    thg_engine.uncompile(pipe)
     assert pipe.guider is mine and torch.equal(call(entry, pipe), first)
 
 
@@ -295,8 +301,7 @@ def test_controlnet_runs_no_oftener_than_the_unet(guess_mode: bool) -> None:
         expected = call(entry, pipe, **given)
     swap = compile_guider(pipe, "cfg")
     assert torch.equal(call(entry, pipe, **given), expected)
-    swap.undo(pipe)
-    swap = swap_guider(pipe, GRID)
+    swap = compile_guider(pipe, GRID)
     with Network(pipe, both) as ours:
         call(entry, pipe, **given)
     saved = 2 if guess_mode else 4
@@ -314,8 +319,7 @@ def test_schedulers(name: str) -> None:
         expected = call(entry, pipe)
     swap = compile_guider(pipe, "cfg")
     assert torch.equal(call(entry, pipe), expected) and swap.nfe == len(stock.rows)
-    swap.undo(pipe)
-    swap = swap_guider(pipe, GRID)
+    swap = compile_guider(pipe, GRID)
     with Network(pipe, entry) as network:
         first = call(entry, pipe)
     assert swap.nfe == len(network.rows) == len(stock.rows) - 2
@@ -350,3 +354,52 @@ def test_arguments_of_compile() -> None:
     call(ZOO["sdxl_modular"], pipe)
     assert swap.nfe == 7
     assert "no calibration" in compile_guider(pipe).notes[0]
+
+
+def test_a_compiled_pipeline() -> None:
+    """Counters, report, copies, another guider, and all of it undone."""
+    entry = ZOO["wan22_modular"]
+    pipe = build(entry)
+    kind, guiders, stock = type(pipe), (pipe.guider, pipe.guider_2), call(entry, pipe)
+    assert thg_engine.compile(pipe, GRID) is pipe and pipe.thg.plan.num_rows == 50
+    assert "no call yet" in pipe.thg.report() and pipe.thg.stats()["runs"] == 0
+    first = call(entry, pipe)
+    stats = pipe.thg.stats()
+    assert stats["runs"] == 1 and stats["last_nfe"] == stats["evaluations"] < 12
+    assert stats["last_rows"] == 6 and "guider, guider_2 replaced" in pipe.thg.report()
+    twin = copy.copy(pipe)
+    assert twin.guider is not pipe.guider and torch.equal(call(entry, twin), first)
+    assert pipe.thg.stats()["runs"] == 1
+    pipe.guider = diffusers.ClassifierFreeGuidance(guidance_scale=2.0)
+    assert not torch.equal(call(entry, pipe), first) and pipe.thg.stats()["last_nfe"] < 12
+    assert type(pipe.guider) is thg_engine.TortoiseHareGuidance
+    thg_engine.uncompile(pipe)
+    assert type(pipe) is kind and pipe.guider_2 is guiders[1] and not hasattr(pipe, "thg")
+    pipe.guider = guiders[0]
+    assert torch.equal(call(entry, pipe), stock)
+
+
+def test_a_guider_that_cannot_be_replaced() -> None:
+    entry = ZOO["sdxl_modular_projected"]
+    pipe = build(entry)
+    stock = call(entry, pipe)
+    with pytest.warns(UserWarning, match="AdaptiveProjectedGuidance"):
+        thg_engine.compile(pipe, GRID)
+    assert "not active, guider: AdaptiveProjectedGuidance" in pipe.thg.report()
+    assert torch.equal(call(entry, pipe), stock)
+
+
+def test_a_call_while_another_runs_has_guiders_of_its_own() -> None:
+    entry = ZOO["sdxl_modular"]
+    pipe = build(entry)
+    expected = call(entry, thg_engine.compile(pipe, GRID))
+    found = []
+    network = pipe.unet.conv_in
+    seen = network.register_forward_hook(lambda *_: inner())
+
+    def inner() -> None:
+        seen.remove()
+        found.append(call(entry, pipe))
+
+    assert torch.equal(call(entry, pipe), expected) and torch.equal(found[0], expected)
+    assert pipe.thg.stats()["runs"] == 3

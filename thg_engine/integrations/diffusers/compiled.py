@@ -22,15 +22,14 @@ from ...curves import Calibration
 from ...errors import InvalidArgument
 from ...guidance import Guidance
 from ...plan import SamplingPlan
-from . import hook
-from .adapter_types import AdapterRecord
 from .adapters import find_record
-from .asking import call_arguments
-from .callbacks import watch_callback
-from .controller import Controller, Settings
+from .controller import Controller
+from .guided import GuiderSwap, denoiser_of_guided, guiders_of, swap_guider
+from .guided_controller import GuidedController
 from .networks import Networks
 from .records import RECORDS
 from .resolve import load_calibration, resolve_guidance
+from .settings import Settings
 from .tuning import check_tuning
 
 KILL_SWITCH = "THG_DISABLE"
@@ -39,7 +38,7 @@ KILL_SWITCH = "THG_DISABLE"
 class CompiledPipeline:
     """Mixin of every compiled pipeline class: copying and pickling."""
 
-    thg: Controller
+    thg: Controller | GuidedController
 
     def __copy__(self) -> Any:
         """A shallow copy that shares the components and has a controller of its own."""
@@ -115,29 +114,34 @@ def compile_with(pipe: Any, settings: Settings) -> Any:
     base: Any = _base_class(pipe)
     record = find_record(base)
     networks = Networks() if record is None else Networks.of(pipe, record)
-    if record is None or networks.why_not(pipe, record):
-        return _left_alone(pipe, settings, record, networks)
-    controller = Controller(settings, record, networks, pipe=pipe)
+    if record is not None and not networks.why_not(pipe, record):
+        controller = Controller(settings, record, networks, pipe=pipe)
+        uncompile(pipe)
+        controller.tune()
+        controller.attach()
+        return _under(pipe, controller)
+    module = denoiser_of_guided(pipe) or torch.nn.Module()
+    method, notes = resolve_guidance(settings.guidance, settings.calibration, settings.nfe, module)
     uncompile(pipe)
-    controller.tune()
-    controller.attach()
-    pipe.__class__ = _compiled_class(base)
-    vars(pipe)["thg"] = controller
+    swap = swap_guider(pipe, method, notes)
+    if isinstance(swap, GuiderSwap):
+        return _under(pipe, GuidedController(settings, swap, pipe))
+    reason = swap
+    if record is not None:
+        reason = networks.why_not(pipe, record)
+    elif not guiders_of(pipe):
+        name, number = base.__name__, len(RECORDS)
+        reason = f"no adapter record describes {name} ({number} pipelines have one)"
+    warnings.warn(f"thg_engine leaves this pipeline as it is: {reason}.", stacklevel=4)
+    vars(pipe)["thg"] = Controller(settings, None, Networks(), reason)
     return pipe
 
 
-def _left_alone(
-    pipe: Any, settings: Settings, record: AdapterRecord | None, networks: Networks
-) -> Any:
-    """The pipeline as it is, with a report that says why; arguments are checked all the same."""
-    resolve_guidance(settings.guidance, settings.calibration, settings.nfe, torch.nn.Module())
-    if record is None:
-        name, number = _base_class(pipe).__name__, len(RECORDS)
-        reason = f"no adapter record describes {name} ({number} pipelines have one)"
-    else:
-        reason = networks.why_not(pipe, record)
-    warnings.warn(f"thg_engine leaves this pipeline as it is: {reason}.", stacklevel=5)
-    vars(uncompile(pipe))["thg"] = Controller(settings, None, Networks(), reason)
+def _under(pipe: Any, controller: Controller | GuidedController) -> Any:
+    """The pipeline with its calls under a controller."""
+    base: Any = _base_class(pipe)
+    pipe.__class__ = _compiled_class(base)
+    vars(pipe)["thg"] = controller
     return pipe
 
 
@@ -150,9 +154,8 @@ def uncompile(pipe: Any) -> Any:
     if not hasattr(pipe, "__dict__"):
         raise InvalidArgument("pipe", pipe, "give the pipeline that was compiled.")
     controller = vars(pipe).pop("thg", None)
-    if isinstance(controller, Controller):
-        controller.detach()
-        controller.undo_tuning()
+    if isinstance(controller, (Controller, GuidedController)):
+        controller.release(pipe)
     if isinstance(pipe, CompiledPipeline):
         pipe.__class__ = _base_class(pipe)
     return pipe
@@ -170,13 +173,11 @@ def _compiled_class(base: type[Any]) -> type[Any]:
 
     @functools.wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        controller: Controller = self.thg
+        controller: Controller | GuidedController = self.thg
         if os.environ.get(KILL_SWITCH) == "1":
             return original(self, *args, **kwargs)
-        with controller.apart(self) as pipe, controller.running(pipe) as run:
-            run.arguments = call_arguments(original, pipe, args, kwargs)
-            args, kwargs = watch_callback(original, pipe, args, kwargs, run)
-            return original(pipe, *args, **kwargs)
+        with controller.apart(self) as pipe:
+            return controller.call(original, pipe, args, kwargs)
 
     body = {
         "__call__": call,
@@ -190,17 +191,15 @@ def _compiled_class(base: type[Any]) -> type[Any]:
 @contextmanager
 def _plain(pipe: Any) -> Iterator[None]:
     """The pipeline without class, controller and hook, put back afterwards whatever happens."""
-    controller: Controller = vars(pipe).pop("thg")
+    controller: Controller | GuidedController = vars(pipe).pop("thg")
     compiled_class = type(pipe)
-    removed = [(module, hook.remove(module)) for module in controller.networks.hooked]
     pipe.__class__ = _base_class(pipe)
     try:
-        yield
+        with controller.aside(pipe):
+            yield
     finally:
         pipe.__class__ = compiled_class
         vars(pipe)["thg"] = controller
-        for module, owners in removed:
-            hook.restore(module, owners)
 
 
 def _unpickle(payload: bytes, settings: Settings) -> Any:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from thg_kernels.step_update import choose_backend
 
-from ...curves import Calibration
 from ...errors import InvalidArgument, ThgError
 from ...graph_cache import GraphCache
 from ...guidance import Guidance, GuidanceRow
@@ -26,8 +24,9 @@ from ...schedule import model_timesteps
 from . import hook
 from .adapter_types import AdapterRecord
 from .adapters import find_layout
-from .asking import num_rows_of, scale_of
+from .asking import call_arguments, num_rows_of, scale_of
 from .batch_run import BatchRun
+from .callbacks import watch_callback
 from .calls_run import CallsRun
 from .fingerprint import processors
 from .graphed import CallGraphs, RunGraphs
@@ -35,24 +34,13 @@ from .networks import Networks
 from .planning import ChosenRows, FusedPlan, fused_plan, noise_levels
 from .resolve import resolve_guidance
 from .run import PipelineRun
+from .settings import Settings
 from .stepping import stepping
 from .tuning import Undo, tune
 from .twins import Twins
 
+Arguments = tuple[Any, ...]
 WRAPPED = 'torch.compile is around the denoiser; compile(pipe, denoiser="compile") goes with graphs'
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the user asked `compile` for; enough to compile a copy the same way."""
-
-    guidance: Guidance | SamplingPlan | str = "auto"
-    calibration: Calibration | None = None
-    nfe: int | float | None = None
-    fused: bool | None = None
-    graph: bool | None = None
-    denoiser: str | None = None
-    attention: str | None = None
 
 
 class Controller:
@@ -233,6 +221,15 @@ class Controller:
             lines.append(f"  ended after {run.calls} of {plan.num_rows} rows")
         return [*lines, *(f"  {note}" for note in plan.notes)]
 
+    def call(
+        self, original: Callable[..., Any], pipe: Any, args: Arguments, kwargs: dict[str, Any]
+    ) -> Any:
+        """A call of the pipeline under the plan."""
+        with self.running(pipe) as run:
+            run.arguments = call_arguments(original, pipe, args, kwargs)
+            args, kwargs = watch_callback(original, pipe, args, kwargs, run)
+            return original(pipe, *args, **kwargs)
+
     @contextmanager
     def running(self, pipe: Any) -> Iterator[PipelineRun]:
         """Everything one call needs, undone however the call ends."""
@@ -311,15 +308,26 @@ class Controller:
         while self._undo_tuning:
             self._undo_tuning.pop()()
 
+    def release(self, pipe: Any) -> None:
+        """Undo all that has been changed of the networks of ``pipe``."""
+        for module in self.networks.hooked:
+            hook.detach(module, self)
+        self.undo_tuning()
+
+    @contextmanager
+    def aside(self, pipe: Any) -> Iterator[None]:
+        """The networks of ``pipe`` without hooks, for copies."""
+        removed = [(module, hook.remove(module)) for module in self.networks.hooked]
+        try:
+            yield
+        finally:
+            for module, owners in removed:
+                hook.restore(module, owners)
+
     def attach(self) -> None:
         """Put the guidance hook on every network."""
         for module in self.networks.hooked:
             hook.attach(module, self)
-
-    def detach(self) -> None:
-        """Take it off."""
-        for module in self.networks.hooked:
-            hook.detach(module, self)
 
     def _follow(self, pipe: Any, record: AdapterRecord) -> None:
         """Move the hook when the user has given the pipeline other networks."""

@@ -9,14 +9,12 @@ import torch
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.guiders.guider_utils import BaseGuidance
 
-from ...curves import Calibration
 from ...errors import InvalidArgument
 from ...guidance import Guidance
 from ...plan import SamplingPlan
 from ...schedule import model_timesteps
 from .guider import TortoiseHareGuidance
 from .guider_plan import Window, find_levels, plan_run
-from .resolve import resolve_guidance
 
 DENOISERS = ("transformer", "unet", "dit", "prior", "decoder")
 OPTIONS = ("guidance_scale", "guidance_rescale", "use_original_formulation")
@@ -49,7 +47,6 @@ class GuiderSwap:
         notes: tuple[str, ...] = (),
     ) -> None:
         self.replaced, self.left, self.notes = replaced, left, notes
-        self._before: int | None = None
         source = pipe if hasattr(pipe, "scheduler") else None
         for one in replaced:
             _put(pipe, one.name, one.ours.follow(source))
@@ -71,10 +68,8 @@ class GuiderSwap:
 
     @property
     def nfe(self) -> int:
-        """Evaluations since `begin`, or of the last run of every guider; per sample."""
-        if self._before is None:
-            return sum(one.ours.nfe for one in self.replaced)
-        return self.stats()["evaluations"] - self._before
+        """Evaluations of the last run of every guider, per sample."""
+        return sum(one.ours.nfe for one in self.replaced)
 
     def stats(self) -> dict[str, int]:
         """Counters of all guiders together; see `TortoiseHareGuidance.stats`."""
@@ -85,7 +80,6 @@ class GuiderSwap:
         """A call of the pipeline starts: whatever the last one left, nothing of it is held."""
         for one in self.replaced:
             one.ours.reset()
-        self._before = self.stats()["evaluations"]
 
     def lend(self, twin: Any) -> None:
         """Give another pipeline over the same networks guiders of its own, for a second thread."""
@@ -117,7 +111,7 @@ class GuiderSwap:
         return plan_run(self.guidance, levels, Window(0, len(timesteps)), scale)[1]
 
     def report_lines(self) -> list[str]:
-        """Lines for `Controller.report`."""
+        """Lines for the report."""
         names = ", ".join(self.guiders)
         lines = [f"  guider: {names} replaced; one state for tortoise and hare"]
         lines += [f"  {name} left alone: {why}" for name, why in self.left.items()]
@@ -134,6 +128,12 @@ class GuiderSwap:
             if getattr(pipe, one.name, None) is one.ours:
                 _put(pipe, one.name, one.original)
             one.ours.reset()
+
+    def redo(self, pipe: Any) -> None:
+        """Our guiders again, after `undo`."""
+        for one in self.replaced:
+            if getattr(pipe, one.name, None) is one.original:
+                _put(pipe, one.name, one.ours)
 
 
 def _put(pipe: Any, name: str, guider: Any) -> None:
@@ -199,19 +199,3 @@ def _ours(guider: Any, guidance: Guidance) -> TortoiseHareGuidance:
     options = {name: getattr(guider, name) for name in OPTIONS}
     window = {"start": guider._start, "stop": guider._stop, "enabled": guider._enabled}
     return TortoiseHareGuidance(**options, **window, guidance=guidance)
-
-
-def compile_guider(
-    pipe: Any,
-    guidance: Guidance | SamplingPlan | str = "auto",
-    calibration: Calibration | None = None,
-    nfe: int | float | None = None,
-) -> GuiderSwap | str:
-    """`swap_guider` from what the user asked `compile` for.
-
-    Raises:
-        InvalidArgument, CalibrationError: as `compile`; the pipeline is then unchanged.
-    """
-    module = denoiser_of_guided(pipe) or torch.nn.Module()
-    method, notes = resolve_guidance(guidance, calibration, nfe, module)
-    return swap_guider(pipe, method, notes)

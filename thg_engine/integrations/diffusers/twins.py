@@ -42,8 +42,8 @@ class Twins:
 
     def _note(self, pipe: Any, is_first: bool) -> None:
         """Copies to make twins from, taken while nobody changes the originals."""
-        names = [name for name in vars(pipe) if name.startswith("tokenizer")]
-        for name in (*names, "scheduler"):
+        names = [n for n in vars(pipe) if n.startswith("tokenizer") or n == "scheduler"]
+        for name in names:
             original = vars(pipe)[name]
             is_new = original is not self._originals.get(name)
             if is_new or (is_first and name == "scheduler"):

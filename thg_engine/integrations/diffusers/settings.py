@@ -1,0 +1,22 @@
+"""What the user asked `compile` for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...curves import Calibration
+from ...guidance import Guidance
+from ...plan import SamplingPlan
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Arguments of `compile`; enough to compile a copy the same way."""
+
+    guidance: Guidance | SamplingPlan | str = "auto"
+    calibration: Calibration | None = None
+    nfe: int | float | None = None
+    fused: bool | None = None
+    graph: bool | None = None
+    denoiser: str | None = None
+    attention: str | None = None
