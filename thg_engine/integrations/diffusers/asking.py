@@ -26,8 +26,8 @@ def call_arguments(
 
 def scale_of(pipe: Any, record: AdapterRecord, arguments: Mapping[str, Any]) -> float:
     """w of the call at this moment; its mean where frames have one each."""
-    kept = hasattr(type(pipe), "guidance_scale")
-    scale = pipe.guidance_scale if kept else arguments[record.scale]
+    kept = hasattr(type(pipe), record.scale)
+    scale = getattr(pipe, record.scale) if kept else arguments[record.scale]
     return float(scale.float().mean()) if isinstance(scale, Tensor) else float(scale)
 
 
