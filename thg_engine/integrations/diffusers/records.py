@@ -55,14 +55,21 @@ _TRUE_CFG = (
     *("QwenImageInpaintPipeline", "HunyuanVideoPipeline", "FluxInpaintPipeline"),
     *("FluxKontextInpaintPipeline", "FluxControlNetPipeline", "QwenImageControlNetPipeline"),
     *("QwenImageControlNetInpaintPipeline", "QwenImageEditInpaintPipeline"),
-    "QwenImageEditPlusPipeline",
+    *("QwenImageEditPlusPipeline", "QwenImageLayeredPipeline"),
+    *("HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
 )
 _CALLS = (
     *("ChromaPipeline", "CogView4Pipeline", "Lumina2Pipeline", "SkyReelsV2Pipeline"),
     *("WanVideoToVideoPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
-    "CogView4ControlPipeline",
+    *("CogView4ControlPipeline", "Krea2Pipeline", "Flux2KleinPipeline"),
+    *("Flux2KleinInpaintPipeline", "LongCatImagePipeline", "OvisImagePipeline"),
+    *("NucleusMoEImagePipeline", "GlmImagePipeline", "BriaFibo2Pipeline"),
+    *("JoyImageEditPipeline", "SkyReelsV2ImageToVideoPipeline", "Kandinsky5T2VPipeline"),
+    *("Kandinsky5I2VPipeline", "Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),
+    *("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline"),
+    "Cosmos2_5_PredictBasePipeline",
 )
-_EXPERTS = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
+_EXPERTS = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "LucyEditPipeline")
 _CONTROLLED = {
     *("StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline"),
     *("StableDiffusionControlNetInpaintPipeline", "StableDiffusionXLControlNetPipeline"),
