@@ -67,7 +67,7 @@ _CALLS = (
     *("JoyImageEditPipeline", "SkyReelsV2ImageToVideoPipeline", "Kandinsky5T2VPipeline"),
     *("Kandinsky5I2VPipeline", "Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),
     *("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline"),
-    "Cosmos2_5_PredictBasePipeline",
+    *("Cosmos2_5_PredictBasePipeline", "LongCatImageEditPipeline", "LongCatAudioDiTPipeline"),
 )
 _EXPERTS = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "LucyEditPipeline")
 _CONTROLLED = {
