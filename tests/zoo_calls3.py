@@ -1,4 +1,4 @@
-"""Pipelines with one call per branch that read pictures and text together, or make sound."""
+"""Pipelines that read pictures and text together, make sound, or came late; some in one call."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from zoo_calls import CALLS, unspoken
 from zoo_images2 import net
 from zoo_images3 import FLUX, true_cfg
 from zoo_modular import embedded
+from zoo_videos import umt5_text, video, wan_vae
+from zoo_videos import unspoken as unsaid
+from zoo_videos4 import LTX2, PLAIN, ltx2, ltx2_embeds
 
 MARKS = {
     "im_start": "<|im_start|>",
@@ -172,3 +175,50 @@ def longcat_audio():
         scheduler=flow(shift=1.0, invert_sigmas=True),
     )
     return pipe, both(audio_duration_s=1.0)
+
+
+@zoo("AnyFlowPipeline", denoiser="transformer", result="frames", copies=None, batch=embedded(2))
+def anyflow():
+    """The network is told where its step goes to, besides where it is."""
+    make = functools.partial(
+        diffusers.AnyFlowTransformer3DModel,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        text_dim=16,
+        freq_dim=32,
+        ffn_dim=32,
+        num_layers=2,
+        rope_max_seq_len=32,
+    )
+    network = seeded(make)
+    louder(network, 12.0, "attn2.to_out")
+    scheduler = diffusers.FlowMapEulerDiscreteScheduler()
+    pipe = diffusers.AnyFlowPipeline(
+        **umt5_text(), transformer=network, vae=wan_vae(), scheduler=scheduler
+    )
+    return pipe, unsaid(video())
+
+
+def ltx2_call(**kwargs) -> dict:
+    """Arguments of LTX-2 with embeddings, guided by text alone."""
+    silent = {"prompt": None, "negative_prompt": None}
+    return {**video(9, 32), **PLAIN, **ltx2_embeds(), **silent, **kwargs}
+
+
+@zoo("LTX2InContextPipeline", denoiser="transformer", **LTX2)
+def ltx2_in_context():
+    """Tokens of a reference behind those of the sample."""
+    from diffusers.pipelines.ltx2.pipeline_ltx2_ic_lora import LTX2ReferenceCondition
+
+    seen = LTX2ReferenceCondition(frames=[picture(i, 32) for i in range(9)], strength=1.0)
+    return ltx2("LTX2InContextPipeline"), ltx2_call(reference_conditions=[seen])
+
+
+@zoo("LTX2HDRPipeline", denoiser="transformer", **LTX2)
+def ltx2_hdr():
+    """Guided in the picture alone; its sound is not stepped."""
+    from diffusers.pipelines.ltx2.pipeline_ltx2_hdr_lora import LTX2HDRReferenceCondition
+
+    seen = LTX2HDRReferenceCondition(frames=[picture(i, 32) for i in range(9)], strength=1.0)
+    given = ltx2_call(reference_conditions=[seen])
+    return ltx2("LTX2HDRPipeline"), {k: v for k, v in given.items() if not k.startswith("audio")}

@@ -139,6 +139,11 @@ LAYOUTS: dict[str, ArgumentLayout] = {
     "LTXVideoTransformer3DModel": ArgumentLayout(
         "hidden_states", _TEXT, ("timestep", "video_coords"), ("rope_interpolation_scale",)
     ),
+    "AnyFlowTransformer3DModel": ArgumentLayout(
+        "hidden_states",
+        ("encoder_hidden_states", "encoder_hidden_states_image"),
+        ("timestep", "r_timestep"),
+    ),
     "LatteTransformer3DModel": ArgumentLayout("hidden_states", _TEXT),
     "AllegroTransformer3DModel": ArgumentLayout(
         "hidden_states", (*_TEXT, "attention_mask"), ("timestep",), ("image_rotary_emb",)
