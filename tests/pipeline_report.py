@@ -56,6 +56,9 @@ SPECIFIC_REASONS = {
     "StableDiffusionParadigmsPipeline": "many steps in one call, repeated until they agree",
     "TextToVideoZeroPipeline": "its attention splits the batch into two halves by itself",
     "TextToVideoZeroSDXLPipeline": "its attention splits the batch into two halves by itself",
+    "StableDiffusionGLIGENTextImagePipeline": (
+        "two doubled calls per step, with boxes and without, and half of each is used"
+    ),
     "CosmosTextToWorldPipeline": _TWICE,
     "CosmosVideoToWorldPipeline": _TWICE,
     "Cosmos2_5_TransferPipeline": _CHUNKS,

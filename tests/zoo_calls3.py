@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 
 import diffusers
+import torch
 import transformers
 
 from pipelines import picture
-from zoo import CHAT, both, flow, louder, seeded, sized, t5, words, zoo
+from zoo import CHAT, both, flow, louder, noise, seeded, sized, t5, words, zoo
 from zoo_calls import CALLS, unspoken
 from zoo_images2 import net
 from zoo_images3 import FLUX, true_cfg
@@ -222,3 +223,57 @@ def ltx2_hdr():
     seen = LTX2HDRReferenceCondition(frames=[picture(i, 32) for i in range(9)], strength=1.0)
     given = ltx2_call(reference_conditions=[seen])
     return ltx2("LTX2HDRPipeline"), {k: v for k, v in given.items() if not k.startswith("audio")}
+
+
+def worded(rows: int = 1) -> dict:
+    """Embeddings of ``rows`` prompts and of their negatives, with masks."""
+    given = {}
+    for seed, side in enumerate(("", "negative_")):
+        given[f"{side}prompt_embeds"] = noise(rows, 8, 16, seed=seed + 3)
+        given[f"{side}encoder_attention_mask"] = torch.ones(rows, 8).long()
+    return given
+
+
+@zoo(
+    "StableAudio3Pipeline",
+    denoiser="transformer",
+    result="audios",
+    batch=worded(2),
+    copies="num_waveforms_per_prompt",
+    other={"duration": 2.0},
+)
+def stable_audio3():
+    """The base model, which is guided; its length follows from what is asked for."""
+    from diffusers.pipelines.stable_audio_3 import StableAudio3DurationEmbedder
+
+    config = {
+        "io_channels": 8,
+        "embed_dim": 32,
+        "depth": 2,
+        "num_heads": 2,
+        "cond_token_dim": 16,
+        "global_cond_dim": 16,
+        "local_add_cond_dim": 9,
+        "timestep_features_dim": 16,
+        "num_memory_tokens": 4,
+    }
+    make = functools.partial(
+        diffusers.AutoencoderSAME,
+        patch_size=4,
+        encoder_channels=8,
+        encoder_c_mults=(2,),
+        encoder_strides=(2,),
+        encoder_transformer_depths=(1,),
+        latent_dim=8,
+        dim_heads=8,
+        sampling_rate=100,
+    )
+    pipe = diffusers.StableAudio3Pipeline(
+        vae=seeded(make),
+        text_encoder=None,
+        tokenizer=None,
+        duration_embedder=seeded(lambda: StableAudio3DurationEmbedder(16, 16)),
+        transformer=net("StableAudio3DiTModel", **config),
+        scheduler=flow(),
+    )
+    return pipe, unspoken(duration=1.0, **worded())

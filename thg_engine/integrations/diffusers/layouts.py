@@ -129,6 +129,9 @@ LAYOUTS: dict[str, ArgumentLayout] = {
         ("encoder_hidden_states", "global_hidden_states", "encoder_attention_mask"),
         shared=("rotary_embedding",),
     ),
+    "StableAudio3DiTModel": ArgumentLayout(
+        "hidden_states", (*_TEXT, "global_hidden_states", "local_add_cond")
+    ),
     "CogVideoXTransformer3DModel": ArgumentLayout(
         "hidden_states",
         ("encoder_hidden_states",),

@@ -47,7 +47,7 @@ _TRANSFORMERS = (
     *("SanaImageToVideoPipeline", "EasyAnimatePipeline", "EasyAnimateInpaintPipeline"),
     *("AmusedImg2ImgPipeline", "AmusedInpaintPipeline", "LTX2ConditionPipeline"),
     *("HiDreamImagePipeline", "HunyuanDiTControlNetPipeline", "CogView3PlusPipeline"),
-    *("AnyFlowPipeline", "LTX2InContextPipeline", "LTX2HDRPipeline"),
+    *("AnyFlowPipeline", "LTX2InContextPipeline", "LTX2HDRPipeline", "StableAudio3Pipeline"),
     *("LTXImageToVideoPipeline", "LTXConditionPipeline", "LattePipeline", "AllegroPipeline"),
 )
 _TRUE_CFG = (
