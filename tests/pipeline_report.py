@@ -56,6 +56,7 @@ SPECIFIC_REASONS = {
     "StableDiffusionParadigmsPipeline": "many steps in one call, repeated until they agree",
     "TextToVideoZeroPipeline": "its attention splits the batch into two halves by itself",
     "TextToVideoZeroSDXLPipeline": "its attention splits the batch into two halves by itself",
+    "UniDiffuserPipeline": "picture, its features and text in one answer; the mode says what guides",
     "StableDiffusionGLIGENTextImagePipeline": (
         "two doubled calls per step, with boxes and without, and half of each is used"
     ),
@@ -76,7 +77,7 @@ SPECIFIC_REASONS = {
     "Cosmos3OmniPipeline": "picture, sound and action, all guided, with a scheduler each",
     "EasyAnimateControlPipeline": "its call fails in diffusers itself (an unknown argument)",
 }
-"""Why a class that has one call per step has no record, where there is more to say."""
+"""Why a class has no record, where there is more to say than its pattern does."""
 HEAD = """# Pipelines
 
 Every pipeline class of diffusers {version}, the pattern of its guidance, and what
