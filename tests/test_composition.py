@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 
@@ -373,20 +374,24 @@ def test_cache_dit_is_refused() -> None:
     assert torch.equal(run(entry, pipe), plain)
 
 
-def test_forwards_of_other_caches_are_known_by_name(monkeypatch) -> None:
-    """TeaCache replaces the ``forward`` of the class, and sets a mark on it."""
+@pytest.mark.parametrize(
+    ("cache", "name"),
+    [("TeaCache", "teacache_forward"), ("FORA", "fora_forward"), ("ParaAttention", "para_attn.f")],
+)
+def test_forwards_of_other_caches_are_known_by_name(cache: str, name: str, monkeypatch) -> None:
+    """They replace the ``forward`` of the class; TeaCache sets a mark on it besides."""
     pipe = tiny()
-    assert not caches.why_not_driven(pipe.unet)
-    kind, plain = type(pipe.unet), type(pipe.unet).forward
+    kind, plain, stock = type(pipe.unet), type(pipe.unet).forward, call_sd(pipe)
 
-    def teacache_forward(self, *args, **kwargs):
+    @functools.wraps(plain)
+    def forward(self, *args, **kwargs):
         return plain(self, *args, **kwargs)
 
-    stock = call_sd(pipe)
-    monkeypatch.setattr(kind, "forward", teacache_forward)
+    forward.__qualname__ = name
+    monkeypatch.setattr(kind, "forward", forward)
     thg_engine.compile(pipe, HELD)
-    call_sd(pipe)
-    assert "TeaCache keeps what the last call gave" in pipe.thg.report()
+    assert torch.equal(call_sd(pipe), stock)
+    assert f"{cache} keeps what the last call gave" in pipe.thg.report()
     thg_engine.uncompile(pipe)
     monkeypatch.setattr(kind, "forward", plain)
     monkeypatch.setattr(kind, "enable_teacache", True, raising=False)

@@ -142,11 +142,12 @@ def test_full_guidance_with_a_cache_is_bit_identical(name: str, kind: str, order
     entry = ZOO[name]
     pipe = build(entry)
     plain = run(entry, pipe)
+    pipe = build(entry)  # diffusers 0.40 finds no cache put in after the first call
     enable(kind, pipe)
     stock = run(entry, pipe)
     acts = kind != "faster"  # whose attention part waits for rows of one branch
     assert torch.equal(stock, plain) != acts
-    pipe.transformer.disable_cache()
+    pipe = build(entry)
     if order == "before":
         enable(kind, pipe)
     thg_engine.compile(pipe, CFG())
@@ -255,28 +256,19 @@ def known(name: str):
     return entry
 
 
-class CallsByHand(Network):
+class CallsByHand(ByHand):
     """One call per branch, the conditional first; held rows answer the second by themselves."""
 
-    def __init__(self, pipe, entry, coarse: set[int]) -> None:
-        super().__init__(pipe, entry)
-        self.coarse, self.cond, self.delta = coarse, None, None
-
-    def __enter__(self) -> CallsByHand:
-        def forward(*args, **kwargs):
-            row, second = divmod(len(self.rows), 2)
-            self.rows.append(1)
-            if second and row not in self.coarse:
-                return ((self.cond.float() - self.delta).to(self.cond.dtype),)
-            out = self.forward(*args, **kwargs)
-            if second:
-                self.delta = self.cond.float() - out[0].float()
-            else:
-                self.cond = out[0]
-            return out
-
-        self.module.forward = forward
-        return self
+    def _forward(self, *args, **kwargs):
+        (row, second), self.row = divmod(self.row, 2), self.row + 1
+        if second and row not in self.coarse:
+            return ((self.cond.float() - self.delta).to(self.cond.dtype),)
+        out = self.inner(*args, **kwargs)
+        if second:
+            self.delta = self.cond.float() - out[0].float()
+        else:
+            self.cond = out[0]
+        return out
 
 
 @pytest.mark.parametrize("kind", CONTEXTS)
@@ -292,20 +284,19 @@ def test_contexts_of_two_calls_stay_the_pipeline_s_own(name: str, kind: str) -> 
     found, plan = run(entry, pipe), pipe.thg.plan
     assert pipe.thg.stats()["last_nfe"] == plan.nfe < 2 * STEPS
     thg_engine.uncompile(pipe)
-    with CallsByHand(pipe, entry, set(plan.coarse_grid)):
+    with CallsByHand(pipe, set(plan.coarse_grid)):
         expected = run(entry, pipe)
     scale = expected.float().abs().max()
     assert float((found - expected).abs().max() / scale) < 1e-5
 
 
-@pytest.mark.parametrize("name", TWO_CALLS)
+@pytest.mark.parametrize("name", ["wan", "flux_true_cfg", "cogview4"])
 def test_one_state_for_both_calls_is_refused(name: str) -> None:
     entry = known(name)
     pipe = build(entry)
     enable("pyramid", pipe)
+    assert states(pipe.transformer)
     stock = run(entry, pipe)
-    if not states(pipe.transformer):
-        pytest.skip("no attention of this network is told from others by the cache")
     thg_engine.compile(pipe, HELD)
     assert torch.equal(run(entry, pipe), stock)
     assert "PyramidAttentionBroadcast keeps one state" in pipe.thg.report()

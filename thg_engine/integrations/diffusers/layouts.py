@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .adapter_types import ArgumentLayout
 
 _TEXT = ("encoder_hidden_states", "encoder_attention_mask")
@@ -12,9 +14,9 @@ _UNET_RESIDUALS = (
 )
 _CONTROLNET = ArgumentLayout(
     "sample",
-    (*_TEXT, "controlnet_cond", "control_type", "class_labels", "added_cond_kwargs"),
+    ("encoder_hidden_states", "controlnet_cond", "class_labels", "added_cond_kwargs"),
     ("timestep", "timestep_cond", "attention_mask", "cross_attention_kwargs"),
-    ("conditioning_scale", "control_type_idx"),
+    ("conditioning_scale",),
 )
 _UNET = ArgumentLayout(
     "sample",
@@ -25,7 +27,11 @@ _UNET = ArgumentLayout(
 LAYOUTS: dict[str, ArgumentLayout] = {
     "UNet2DConditionModel": _UNET,
     "ControlNetModel": _CONTROLNET,
-    "ControlNetUnionModel": _CONTROLNET,
+    "ControlNetUnionModel": replace(
+        _CONTROLNET,
+        batched=(*_CONTROLNET.batched, "control_type"),
+        shared=("conditioning_scale", "control_type_idx"),
+    ),
     "SD3ControlNetModel": ArgumentLayout(
         "hidden_states",
         ("controlnet_cond", "encoder_hidden_states", "pooled_projections"),
