@@ -169,10 +169,10 @@ def _base_class(pipe: Any) -> type[Any]:
 @functools.cache
 def _compiled_class(base: type[Any]) -> type[Any]:
     """The subclass of ``base`` whose calls run under a plan; carries the name of ``base``."""
-    original = base.__call__
 
-    @functools.wraps(original)
+    @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = base.__call__  # libraries replace it on the class
         controller: Controller | GuidedController = self.thg
         if os.environ.get(KILL_SWITCH) == "1":
             return original(self, *args, **kwargs)
