@@ -232,8 +232,9 @@ class PipelineRun:
 
 def embeds_of(named: Mapping[str, Any]) -> Tensor | None:
     """The conditioning of a denoiser, under the first of its usual names; None: not known."""
-    found = (named.get(name) for name in CONDITIONING)
-    return next((value for value in found if isinstance(value, Tensor)), None)
+    found = [named.get(name) for name in CONDITIONING]
+    firsts = (value[0] if isinstance(value, list) and value else value for value in found)
+    return next((value for value in firsts if isinstance(value, Tensor)), None)
 
 
 def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
