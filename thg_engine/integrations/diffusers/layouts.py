@@ -174,6 +174,7 @@ LAYOUTS: dict[str, ArgumentLayout] = {
             *("timestep", "timestep_cond", "cross_attention_kwargs"),
             *("controlnet_cond", "conditioning_mask"),
         ),
+        repeated=("encoder_hidden_states",),
     ),
     "BriaTransformer2DModel": ArgumentLayout(
         "hidden_states",
