@@ -52,11 +52,15 @@ _TRANSFORMERS = (
 _TRUE_CFG = (
     *("FluxPipeline", "FluxImg2ImgPipeline", "FluxKontextPipeline"),
     *("QwenImagePipeline", "QwenImageEditPipeline", "QwenImageImg2ImgPipeline"),
-    *("QwenImageInpaintPipeline", "HunyuanVideoPipeline"),
+    *("QwenImageInpaintPipeline", "HunyuanVideoPipeline", "FluxInpaintPipeline"),
+    *("FluxKontextInpaintPipeline", "FluxControlNetPipeline", "QwenImageControlNetPipeline"),
+    *("QwenImageControlNetInpaintPipeline", "QwenImageEditInpaintPipeline"),
+    "QwenImageEditPlusPipeline",
 )
 _CALLS = (
     *("ChromaPipeline", "CogView4Pipeline", "Lumina2Pipeline", "SkyReelsV2Pipeline"),
-    "WanVideoToVideoPipeline",
+    *("WanVideoToVideoPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
+    "CogView4ControlPipeline",
 )
 _EXPERTS = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
 _LISTS = (
