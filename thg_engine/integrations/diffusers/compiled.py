@@ -27,6 +27,7 @@ from .controller import Controller
 from .guided import GuiderSwap, denoiser_of_guided, guiders_of, swap_guider
 from .guided_controller import GuidedController
 from .networks import Networks
+from .reasons import reason_for
 from .records import RECORDS
 from .resolve import load_calibration, resolve_guidance
 from .settings import Settings
@@ -130,11 +131,21 @@ def compile_with(pipe: Any, settings: Settings) -> Any:
     if record is not None:
         reason = networks.why_not(pipe, record)
     elif not guiders_of(pipe):
-        name, number = base.__name__, len(RECORDS)
-        reason = f"no adapter record describes {name} ({number} pipelines have one)"
+        reason = _why_unknown(base)
     warnings.warn(f"thg_engine leaves this pipeline as it is: {reason}.", stacklevel=4)
     vars(pipe)["thg"] = Controller(settings, None, Networks(), reason)
     return pipe
+
+
+def _why_unknown(base: type[Any]) -> str:
+    """Why a pipeline without record and guider is left alone."""
+    known = reason_for(base)
+    if known:
+        return f"{base.__name__}: {known}"
+    remedy = "thg_engine.adapters.register describes one"
+    return (
+        f"no adapter record describes {base.__name__} ({len(RECORDS)} pipelines have one; {remedy})"
+    )
 
 
 def _under(pipe: Any, controller: Controller | GuidedController) -> Any:
