@@ -171,7 +171,7 @@ def test_unknown_pipelines_run_unchanged_with_a_warning():
     plain = diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler())
     for pipe in (OwnLoop(**parts), plain):
         name = type(pipe).__name__
-        message = rf"no adapter record describes {name} \(\d+ pipelines have one\)"
+        message = rf"no adapter record describes {name} \(\d+ pipelines have one"
         with pytest.warns(UserWarning, match=message) as seen:
             assert thg_engine.compile(pipe, HELD) is pipe
         assert seen[0].filename == __file__
