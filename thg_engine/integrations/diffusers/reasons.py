@@ -14,6 +14,8 @@ UNGUIDED = "it has no classifier-free guidance in a loop of its own"
 _ONNX = "an ONNX network, which cannot be hooked"
 _TWO_STAGES = "several denoisers, each with a scheduler of its own"
 _CHUNKS = "one run of all timesteps for every chunk of the video: rows are not timesteps"
+_TWICE = "its loop asks the scheduler twice per step: for x0 of both branches, then for the sample"
+_OWN_COPIES = "copies of the scheduler step the frames, each at a noise level of its own"
 _STEERED = "its attention maps and gradients steer the latents"
 _HALVES = "its attention splits the batch into two halves by itself"
 
@@ -80,6 +82,20 @@ REASONS: dict[str, str] = {
     "StableDiffusionParadigmsPipeline": "many steps in one call, repeated until they agree",
     "TextToVideoZeroPipeline": _HALVES,
     "TextToVideoZeroSDXLPipeline": _HALVES,
+    "CosmosTextToWorldPipeline": _TWICE,
+    "CosmosVideoToWorldPipeline": _TWICE,
+    "Cosmos2_5_TransferPipeline": _CHUNKS,
+    "HunyuanVideoFramepackPipeline": _CHUNKS,
+    "HeliosPipeline": _CHUNKS,
+    "HeliosPyramidPipeline": f"{_CHUNKS}, at several sizes",
+    "WanAnimatePipeline": _CHUNKS,
+    "SkyReelsV2DiffusionForcingPipeline": _OWN_COPIES,
+    "SkyReelsV2DiffusionForcingImageToVideoPipeline": _OWN_COPIES,
+    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": _OWN_COPIES,
+    "ChronoEditPipeline": "it drops frames in the course of a run: what is held has another shape",
+    "Ideogram4Pipeline": "a network for each branch; one puts out the text's places besides",
+    "Kandinsky6TI2VAPipeline": "picture and sound, both guided, with a scheduler each",
+    "Cosmos3OmniPipeline": "picture, sound and action, all guided, with a scheduler each",
     "EasyAnimateControlPipeline": "its call fails in diffusers itself (an unknown argument)",
 }
 

@@ -55,14 +55,21 @@ _TRUE_CFG = (
     *("QwenImageInpaintPipeline", "HunyuanVideoPipeline", "FluxInpaintPipeline"),
     *("FluxKontextInpaintPipeline", "FluxControlNetPipeline", "QwenImageControlNetPipeline"),
     *("QwenImageControlNetInpaintPipeline", "QwenImageEditInpaintPipeline"),
-    "QwenImageEditPlusPipeline",
+    *("QwenImageEditPlusPipeline", "QwenImageLayeredPipeline"),
+    *("HunyuanVideoImageToVideoPipeline", "HunyuanSkyreelsImageToVideoPipeline"),
 )
 _CALLS = (
     *("ChromaPipeline", "CogView4Pipeline", "Lumina2Pipeline", "SkyReelsV2Pipeline"),
     *("WanVideoToVideoPipeline", "ChromaImg2ImgPipeline", "ChromaInpaintPipeline"),
-    "CogView4ControlPipeline",
+    *("CogView4ControlPipeline", "Krea2Pipeline", "Flux2KleinPipeline"),
+    *("Flux2KleinInpaintPipeline", "LongCatImagePipeline", "OvisImagePipeline"),
+    *("NucleusMoEImagePipeline", "GlmImagePipeline", "BriaFibo2Pipeline"),
+    *("JoyImageEditPipeline", "SkyReelsV2ImageToVideoPipeline", "Kandinsky5T2VPipeline"),
+    *("Kandinsky5I2VPipeline", "Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),
+    *("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline"),
+    "Cosmos2_5_PredictBasePipeline",
 )
-_EXPERTS = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline")
+_EXPERTS = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "LucyEditPipeline")
 _LISTS = (
     *("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
     *("ZImageControlNetPipeline", "ZImageControlNetInpaintPipeline"),
@@ -81,7 +88,10 @@ _CONTROLLED = {
     *("AnimateDiffVideoToVideoControlNetPipeline", "AnimateDiffSparseControlNetPipeline"),
     *("ZImageControlNetPipeline", "ZImageControlNetInpaintPipeline"),
 }
-_ANCHORED = {"Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline", *_LISTS}
+_ANCHORED = {
+    *("Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline", "Krea2Pipeline", *_LISTS),
+    *("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline", "Cosmos2_5_PredictBasePipeline"),
+}
 """Their guidance is c + scale (c - u)."""
 _PRIORS = (
     *("KandinskyPriorPipeline", "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline"),
