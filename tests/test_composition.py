@@ -296,9 +296,10 @@ def test_a_lora_loaded_before_compile_leaves_with_the_hook_on(monkeypatch) -> No
 
 
 @needs_peft
-@pytest.mark.parametrize("what", ["scale", "other", "none"])
-def test_a_lora_turned_in_the_middle_refreshes_delta(what: str) -> None:
+@pytest.mark.parametrize("what", ["scale", "other", "none", "swap"])
+def test_a_lora_turned_in_the_middle_refreshes_delta(what: str, tmp_path) -> None:
     pipe = tiny()
+    first, second = (saved_lora(tmp_path / str(k), k) for k in (1, 2))
     add_lora(pipe, "one", 1)
     add_lora(pipe, "two", 2)
 
@@ -307,6 +308,8 @@ def test_a_lora_turned_in_the_middle_refreshes_delta(what: str) -> None:
             return False
         if what == "none":
             pipe.disable_lora()
+        elif what == "swap":
+            pipe.load_lora_weights(second, adapter_name="one", hotswap=True)
         else:
             pipe.set_adapters(["one" if what == "scale" else "two"], [0.3])
         return True
@@ -314,6 +317,8 @@ def test_a_lora_turned_in_the_middle_refreshes_delta(what: str) -> None:
     def start() -> None:
         pipe.enable_lora()
         pipe.set_adapters(["one"], [1.0])
+        if what == "swap":
+            pipe.load_lora_weights(first, adapter_name="one", hotswap=True)
 
     def callback(pipe, i, t, tensors):
         turn(i)
