@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zoo_calls
 import zoo_calls2
+import zoo_calls3
 import zoo_images
 import zoo_images2
 import zoo_images3
@@ -22,7 +23,7 @@ from zoo import ZOO
 MODULES = (
     *(zoo_images, zoo_images2, zoo_images3, zoo_images4, zoo_images5),
     *(zoo_images6, zoo_images7, zoo_modular),
-    *(zoo_calls, zoo_calls2),
+    *(zoo_calls, zoo_calls2, zoo_calls3),
     *(zoo_videos, zoo_videos2, zoo_videos3, zoo_videos4, zoo_videos_audio),
 )
 

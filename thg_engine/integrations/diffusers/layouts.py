@@ -130,6 +130,9 @@ LAYOUTS: dict[str, ArgumentLayout] = {
         ("encoder_hidden_states", "global_hidden_states", "encoder_attention_mask"),
         shared=("rotary_embedding",),
     ),
+    "StableAudio3DiTModel": ArgumentLayout(
+        "hidden_states", (*_TEXT, "global_hidden_states", "local_add_cond")
+    ),
     "CogVideoXTransformer3DModel": ArgumentLayout(
         "hidden_states",
         ("encoder_hidden_states",),
@@ -139,6 +142,11 @@ LAYOUTS: dict[str, ArgumentLayout] = {
     "MochiTransformer3DModel": ArgumentLayout("hidden_states", _TEXT),
     "LTXVideoTransformer3DModel": ArgumentLayout(
         "hidden_states", _TEXT, ("timestep", "video_coords"), ("rope_interpolation_scale",)
+    ),
+    "AnyFlowTransformer3DModel": ArgumentLayout(
+        "hidden_states",
+        ("encoder_hidden_states", "encoder_hidden_states_image"),
+        ("timestep", "r_timestep"),
     ),
     "LatteTransformer3DModel": ArgumentLayout("hidden_states", _TEXT),
     "AllegroTransformer3DModel": ArgumentLayout(

@@ -15,6 +15,8 @@ _ONNX = "an ONNX network, which cannot be hooked"
 _TWO_STAGES = "several denoisers, each with a scheduler of its own"
 _CHUNKS = "one run of all timesteps for every chunk of the video: rows are not timesteps"
 _TWICE = "its loop asks the scheduler twice per step: for x0 of both branches, then for the sample"
+_TEXT_TOO = "the network puts out the places of the text too, as many as its branch has"
+_BLOCKS = "its blocks call the network for each branch by themselves, without a guider"
 _OWN_COPIES = "copies of the scheduler step the frames, each at a noise level of its own"
 _STEERED = "its attention maps and gradients steer the latents"
 _HALVES = "its attention splits the batch into two halves by itself"
@@ -93,7 +95,14 @@ REASONS: dict[str, str] = {
     "SkyReelsV2DiffusionForcingImageToVideoPipeline": _OWN_COPIES,
     "SkyReelsV2DiffusionForcingVideoToVideoPipeline": _OWN_COPIES,
     "ChronoEditPipeline": "it drops frames in the course of a run: what is held has another shape",
-    "Ideogram4Pipeline": "a network for each branch; one puts out the text's places besides",
+    "Ideogram4Pipeline": f"a network for each branch; {_TEXT_TOO}",
+    "QwenImage21Pipeline": _TEXT_TOO,
+    "StableDiffusionGLIGENTextImagePipeline": (
+        "two doubled calls per step, with boxes and without, and half of each is used"
+    ),
+    "Cosmos3DistilledModularPipeline": _BLOCKS,
+    "Cosmos3OmniModularPipeline": _BLOCKS,
+    "Ideogram4ModularPipeline": _BLOCKS,
     "Kandinsky6TI2VAPipeline": "picture and sound, both guided, with a scheduler each",
     "Cosmos3OmniPipeline": "picture, sound and action, all guided, with a scheduler each",
     "EasyAnimateControlPipeline": "its call fails in diffusers itself (an unknown argument)",

@@ -47,6 +47,7 @@ _TRANSFORMERS = (
     *("SanaImageToVideoPipeline", "EasyAnimatePipeline", "EasyAnimateInpaintPipeline"),
     *("AmusedImg2ImgPipeline", "AmusedInpaintPipeline", "LTX2ConditionPipeline"),
     *("HiDreamImagePipeline", "HunyuanDiTControlNetPipeline", "CogView3PlusPipeline"),
+    *("AnyFlowPipeline", "LTX2InContextPipeline", "LTX2HDRPipeline", "StableAudio3Pipeline"),
     *("LTXImageToVideoPipeline", "LTXConditionPipeline", "LattePipeline", "AllegroPipeline"),
 )
 _TRUE_CFG = (
@@ -67,7 +68,7 @@ _CALLS = (
     *("JoyImageEditPipeline", "SkyReelsV2ImageToVideoPipeline", "Kandinsky5T2VPipeline"),
     *("Kandinsky5I2VPipeline", "Kandinsky5T2IPipeline", "Kandinsky5I2IPipeline"),
     *("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline"),
-    "Cosmos2_5_PredictBasePipeline",
+    *("Cosmos2_5_PredictBasePipeline", "LongCatImageEditPipeline", "LongCatAudioDiTPipeline"),
 )
 _EXPERTS = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "LucyEditPipeline")
 _LISTS = (
