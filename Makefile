@@ -1,5 +1,5 @@
 # Everything runs in .venv, which is made on first use and again when what it depends on changes.
-#   make demo | test | lint | build | bench | gpu | clean
+#   make demo | test | test-oldest | lint | build | bench | gpu | clean
 #   make gpu SMOKE=1                      the GPU suite with tiny models, on the CPU
 #   make PYTHON=python3.12 ...            another interpreter (3.10 or newer)
 #   make TORCH_INDEX=https://download.pytorch.org/whl/cpu ...
@@ -21,7 +21,15 @@ STAMP := $(VENV)/.installed
 PIP_INSTALL := $(BIN)/python -m pip install --constraint constraints.txt \
   $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: venv demo test lint build bench gpu clean
+# Oldest diffusers that is supported, beside the newest one of the environment.
+OLDEST_DIFFUSERS := 0.40.0
+OLDEST := $(VENV)/diffusers-$(OLDEST_DIFFUSERS)
+OLDEST_TESTS := tests/test_compile.py tests/test_compile_loop.py tests/test_compile_callbacks.py \
+  tests/test_compile_runs.py tests/test_guider.py tests/test_guider_pipelines.py \
+  tests/test_composition.py tests/test_composition_caches.py tests/test_adapters.py \
+  tests/test_compile_graphs_zoo.py tests/test_zoo_compile.py
+
+.PHONY: venv demo test test-oldest lint build bench gpu clean
 .DEFAULT_GOAL := venv
 
 venv: $(STAMP)
@@ -45,6 +53,14 @@ demo: $(STAMP)
 # and two workers with all cores each fight over them.
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+# The adapters against the oldest supported diffusers.
+test-oldest: $(STAMP)
+	test -d $(OLDEST) || $(BIN)/python -m pip install --no-deps --target $(OLDEST) \
+	  diffusers==$(OLDEST_DIFFUSERS)
+	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
+	  -m "not slow" -k "not two_prompts and not several_results and not another_resolution" \
+	  $(OLDEST_TESTS) $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

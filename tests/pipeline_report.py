@@ -19,65 +19,12 @@ import diffusers
 import thg_engine
 import zoo_all  # noqa: F401  (it fills the registry)
 from scan_pipelines import scan
+from thg_engine.integrations.diffusers.reasons import REASONS
 from thg_engine.integrations.diffusers.records import RECORDS
 from zoo import ZOO, Zoo, arguments, build
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-REASONS = {
-    "concat": "no adapter record yet",
-    "concat-cond-first": "no adapter record yet",
-    "lists": "the branches are items of lists, which no record describes yet",
-    "two-calls": "one call per branch, which no record describes yet",
-    "guider": "a guider makes the batches; there is no guider of ours yet",
-    "three-way": "three branches: not one delta to hold",
-    "distilled": "guidance is distilled into the network: one branch, nothing to save",
-    "none": "no classifier-free guidance in a loop of its own",
-}
-_TWO_STAGES = "several denoisers, each with a scheduler of its own"
-_ONNX = "an ONNX network, which cannot be hooked"
-_TWICE = "its loop asks the scheduler twice per step: for x0 of both branches, then for the sample"
-_TEXT_TOO = "the network puts out the places of the text too, as many as its branch has"
-_OWN_COPIES = "copies of the scheduler step the frames, each at a noise level of its own"
-_CHUNKS = "one run of all timesteps for every chunk of the video: rows are not timesteps"
-SPECIFIC_REASONS = {
-    "OnnxStableDiffusionPipeline": _ONNX,
-    "OnnxStableDiffusionImg2ImgPipeline": _ONNX,
-    "OnnxStableDiffusionInpaintPipeline": _ONNX,
-    "OnnxStableDiffusionInpaintPipelineLegacy": _ONNX,
-    "OnnxStableDiffusionUpscalePipeline": _ONNX,
-    "StableDiffusionOnnxPipeline": _ONNX,
-    "UnCLIPPipeline": _TWO_STAGES,
-    "UnCLIPImageVariationPipeline": _TWO_STAGES,
-    "LTXI2VLongMultiPromptPipeline": _CHUNKS,
-    "AnyFlowFARPipeline": f"{_CHUNKS}; a cache holds keys of both branches",
-    "StableDiffusionAttendAndExcitePipeline": "its attention maps and gradients steer the latents",
-    "StableDiffusionPix2PixZeroPipeline": "its attention maps and gradients steer the latents",
-    "StableDiffusionPanoramaPipeline": "several windows per step, each in calls of its own",
-    "StableDiffusionParadigmsPipeline": "many steps in one call, repeated until they agree",
-    "TextToVideoZeroPipeline": "its attention splits the batch into two halves by itself",
-    "TextToVideoZeroSDXLPipeline": "its attention splits the batch into two halves by itself",
-    "UniDiffuserPipeline": "picture, its features and text in one answer; the mode says what guides",
-    "StableDiffusionGLIGENTextImagePipeline": (
-        "two doubled calls per step, with boxes and without, and half of each is used"
-    ),
-    "CosmosTextToWorldPipeline": _TWICE,
-    "CosmosVideoToWorldPipeline": _TWICE,
-    "Cosmos2_5_TransferPipeline": _CHUNKS,
-    "HunyuanVideoFramepackPipeline": _CHUNKS,
-    "HeliosPipeline": _CHUNKS,
-    "HeliosPyramidPipeline": f"{_CHUNKS}, at several sizes",
-    "WanAnimatePipeline": _CHUNKS,
-    "SkyReelsV2DiffusionForcingPipeline": _OWN_COPIES,
-    "SkyReelsV2DiffusionForcingImageToVideoPipeline": _OWN_COPIES,
-    "SkyReelsV2DiffusionForcingVideoToVideoPipeline": _OWN_COPIES,
-    "ChronoEditPipeline": "it drops frames in the course of a run: what is held has another shape",
-    "Ideogram4Pipeline": f"a network for each branch; {_TEXT_TOO}",
-    "QwenImage21Pipeline": _TEXT_TOO,
-    "Kandinsky6TI2VAPipeline": "picture and sound, both guided, with a scheduler each",
-    "Cosmos3OmniPipeline": "picture, sound and action, all guided, with a scheduler each",
-    "EasyAnimateControlPipeline": "its call fails in diffusers itself (an unknown argument)",
-}
-"""Why a class has no record, where there is more to say than its pattern does."""
+NO_RECORD = "no adapter record yet"
 HEAD = """# Pipelines
 
 Every pipeline class of diffusers {version}, the pattern of its guidance, and what
@@ -85,14 +32,18 @@ Every pipeline class of diffusers {version}, the pattern of its guidance, and wh
 `tests/test_pipeline_table.py` fails when diffusers exports a class that is not here, or when a
 record or a test comes or goes.
 
+- **pattern** of guidance: `concat` and `concat-cond-first`, one call with both branches in the
+  batch; `lists`, the same in Python lists; `two-calls`, one call per branch; `guider`, a guider
+  makes the batches; `three-way`, further branches; `distilled`, none.
 - **tier** `fused`: the conditional branch alone on most steps, and `scheduler.step` as one launch.
-  `hook`: the conditional branch alone; the scheduler steps itself. `none`: runs as before, and the
-  report says so.
+  `hook`: the conditional branch alone; the scheduler steps itself. `guider`: the same with a
+  `TortoiseHareGuidance` in the place of a `ClassifierFreeGuidance`; other guiders stay, and the
+  report says so ([guiders.md](guiders.md)). `none`: runs as before, and the report says why.
 - **tested**: a genuine pipeline of tiny random parts runs compiled: full guidance bit-identical to
   the plain pipeline, rows of the denoiser counted, a held delta equal to the same by hand, two
   prompts, several results, another size, callbacks, interruption, `uncompile`
-  (`tests/test_zoo_compile.py`, `tests/test_compile*.py`). Of tier `none`: the pipeline is left as
-  it is.
+  (`tests/test_zoo_compile.py`, `tests/test_compile*.py`; guiders: `tests/test_guider*.py`). Of
+  tier `none`: the pipeline is left as it is.
 
 {counts}
 
@@ -118,11 +69,13 @@ def rows() -> list[dict[str, object]]:
         name = seen["class"]
         ready = [entry for entry in zoo.get(name, ()) if not entry.missing]
         row = {"class": name, "pattern": seen["pattern"], "tier": "none", "tested": bool(ready)}
+        guided = [entry for entry in ready if entry.guided]
         if name in RECORDS:
-            row |= {"tier": tier_of(ready[0]) if ready else "hook", "reason": ""}
+            row |= {"tier": tier_of(guided[0]) if guided else "hook", "reason": ""}
+        elif seen["pattern"] == "guider":
+            row |= {"tier": "guider", "reason": ""}
         else:
-            usual = REASONS.get(seen["pattern"], seen["reason"])
-            row["reason"] = SPECIFIC_REASONS.get(name, usual)
+            row["reason"] = REASONS.get(name, NO_RECORD)
         found.append(row)
     return found
 

@@ -16,6 +16,7 @@ from thg_engine.errors import CalibrationError, InvalidArgument
 from thg_engine.integrations.diffusers import slicing
 from thg_engine.integrations.diffusers.adapters import argument_names, find_record
 from thg_engine.integrations.diffusers.layouts import LAYOUTS
+from thg_engine.integrations.diffusers.reasons import UNGUIDED
 from thg_engine.integrations.diffusers.records import RECORDS
 from thg_engine.integrations.diffusers.resolve import fingerprint
 from thg_engine.lowering import plan_from_solver
@@ -169,14 +170,14 @@ def test_unknown_pipelines_run_unchanged_with_a_warning():
         norm_num_groups=4,
     )
     plain = diffusers.DDPMPipeline(unet=unet, scheduler=diffusers.DDPMScheduler())
-    for pipe in (OwnLoop(**parts), plain):
-        name = type(pipe).__name__
-        message = rf"no adapter record describes {name} \(\d+ pipelines have one\)"
+    unknown = "no adapter record describes OwnLoop"
+    for pipe, reason in ((OwnLoop(**parts), unknown), (plain, f"DDPMPipeline: {UNGUIDED}")):
+        name, message = type(pipe).__name__, f"as it is: {reason}"
         with pytest.warns(UserWarning, match=message) as seen:
             assert thg_engine.compile(pipe, HELD) is pipe
         assert seen[0].filename == __file__
         assert type(pipe).__name__ == name and not hasattr(pipe.unet, "_diffusers_hook")
-        assert f"not active, no adapter record describes {name}" in pipe.thg.report()
+        assert f"not active, {reason}" in pipe.thg.report()
         assert pipe.thg.plan is None and pipe.thg.stats()["runs"] == 0
         with pytest.raises(InvalidArgument, match="guidance='x'"):
             thg_engine.compile(pipe, "x")

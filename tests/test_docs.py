@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import thg_engine
+
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 
@@ -46,3 +48,15 @@ def test_guiders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert guider.nfe == guider.plan.nfe == 30 and torch.isfinite(namespace["sample"]).all()
     assert guider.plan.solver == "FlowMatchEulerDiscreteScheduler"
     assert type(guider).from_pretrained("guider").guidance == guider.guidance
+
+
+def test_adapters(capsys: pytest.CaptureFixture[str]) -> None:
+    """The worked example, and that its network ran as often as it says."""
+    namespace: dict[str, object] = {"__name__": "example"}
+    for code in blocks("adapters.md"):
+        exec(compile(code, "docs/adapters.md", "exec"), namespace)
+    assert "NFE 28 of 40" in capsys.readouterr().out
+    assert not torch.equal(namespace["fast"], namespace["plain"])
+    thg_engine.adapters.unregister(namespace["MyPipeline"])
+    with pytest.warns(UserWarning, match="MyPipeline"):
+        thg_engine.compile(namespace["pipe"])

@@ -61,12 +61,14 @@ ALLOWED: dict[str, set[str]] = {
     "doctor": {"", "errors"},
     "demo": {*CORE, "", DIFFUSERS, "doctor"},
     "cli": {*CORE, "", DIFFUSERS, "demo", "doctor"},
-    "": {*CORE, DIFFUSERS, "demo"},
+    "adapters": {DIFFUSERS},
+    "": {*CORE, DIFFUSERS, "demo", "adapters"},
 }
 # Only these know diffusers or transformers at all; only integrations.diffusers at module level.
 KNOW_DIFFUSERS = {DIFFUSERS, "demo"}
 # Only these may import the integration, and only inside a function.
 LAZY_INTEGRATION = {"", "cli", "demo"}
+# "adapters" is the integration's own face: whoever imports it wants the integration.
 MAY_USE_KERNELS = {"packing", "step_buffers", "run", "engine", "doctor", DIFFUSERS}
 HEAVY = {"diffusers", "transformers"}
 

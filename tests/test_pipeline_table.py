@@ -10,6 +10,7 @@ import pytest
 
 import zoo_all  # noqa: F401  (it fills the registry)
 from scan_pipelines import exported
+from thg_engine.integrations.diffusers.reasons import DISTILLED, REASONS, UNGUIDED
 from thg_engine.integrations.diffusers.records import RECORDS
 from zoo import ZOO
 
@@ -28,11 +29,22 @@ def test_every_class_is_in_the_table() -> None:
 
 
 def test_tiers_are_those_of_the_records() -> None:
-    compiled = {row["class"] for row in TABLE if row["tier"] != "none"}
+    compiled = {row["class"] for row in TABLE if row["tier"] in ("fused", "hook")}
     assert compiled == set(RECORDS), f"{compiled ^ set(RECORDS)}; {AGAIN}"
     for row in TABLE:
         assert set(row) == {"class", "pattern", "tier", "tested", "reason"}
         assert bool(row["reason"]) == (row["tier"] == "none"), row
+        assert (row["tier"] == "guider") == (row["pattern"] == "guider"), row
+
+
+def test_reasons_are_those_that_compile_gives() -> None:
+    named = {row["class"]: row for row in TABLE if row["class"] in REASONS}
+    assert set(named) == set(REASONS) and not set(REASONS) & set(RECORDS)
+    for name, row in named.items():
+        assert row["reason"] == REASONS[name]
+    for pattern, reason in (("distilled", DISTILLED), ("none", UNGUIDED)):
+        found = {row["class"] for row in TABLE if row["pattern"] == pattern}
+        assert found == {name for name, said in REASONS.items() if said == reason}
 
 
 def test_what_is_tested_is_in_the_zoo() -> None:
@@ -43,7 +55,12 @@ def test_what_is_tested_is_in_the_zoo() -> None:
 
 
 @pytest.mark.parametrize("name", RECORDS)
-def test_records_are_of_one_call_with_two_halves(name: str) -> None:
+def test_records_are_of_the_pattern_that_the_source_shows(name: str) -> None:
     (row,) = [row for row in TABLE if row["class"] == name]
-    halves = "concat-cond-first" if RECORDS[name].cond_half == 0 else "concat"
-    assert row["pattern"] == halves
+    record = RECORDS[name]
+    expected = {"concat-cond-first", "lists"} if record.cond_half == 0 else {"concat"}
+    if record.calls:
+        expected = {"two-calls"}
+    elif record.branches > 2:
+        expected = {"three-way"}
+    assert row["pattern"] in expected

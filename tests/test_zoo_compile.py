@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ import thg_engine
 import zoo_all  # noqa: F401  (it fills the registry)
 from by_hand import ByHand, Network
 from thg_engine import CFG, THG
+from thg_engine.integrations.diffusers.networks import Networks
 from thg_engine.integrations.diffusers.records import RECORDS
 from zoo import ZOO, Zoo, arguments, build, tensor
 
@@ -64,6 +67,34 @@ def test_full_guidance_is_bit_identical_and_nothing_is_left_behind(entry: Zoo) -
     assert not stats["fallbacks"]
     assert thg_engine.uncompile(pipe) is pipe and type(pipe) is kind
     assert torch.equal(run(entry, pipe), stock)
+
+
+def counted(forward, rows: list[int]):
+    """``forward``, which notes the batch of its first argument."""
+
+    @functools.wraps(forward)
+    def counting(*args, **kwargs):
+        rows.append(len(next(iter((*args, *kwargs.values())))))
+        return forward(*args, **kwargs)
+
+    return counting
+
+
+@pytest.mark.parametrize(
+    "entry", [one for one in entries() if RECORDS[one.values[0].cls].companions]
+)
+def test_companions_run_the_branches_that_the_denoiser_runs(entry: Zoo) -> None:
+    """A ControlNet that sees both branches in the plain pipeline sees one where one is run."""
+    pipe = made(entry)
+    rows: list[int] = []
+    for network in Networks.of(pipe, RECORDS[entry.cls]).companions:
+        network.forward = counted(network.forward, rows)
+    with Network(pipe, entry) as network:
+        run(entry, thg_engine.compile(pipe, HELD))
+    frames, guesses = max(rows) // max(network.rows), "guess" in entry.name
+    each = len(rows) // len(network.rows)
+    expected = [1 if guesses else n * frames for n in network.rows for _ in range(each)]
+    assert rows == expected and (guesses or len(set(rows)) == 2)
 
 
 @pytest.mark.parametrize("entry", entries())

@@ -12,6 +12,7 @@ Source: Tortoise and Hare Guidance, NeurIPS 2025, arXiv 2511.04117.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from .guidance import CFG, THG, CFGCache, Guidance, GuidanceInterval, SelectiveG
 from .plan import SamplingPlan
 
 if TYPE_CHECKING:
+    from . import adapters
     from .integrations.diffusers import TortoiseHareGuidance
 
 __version__ = "0.1.0"
@@ -35,6 +37,7 @@ __all__ = [
     "SamplingPlan",
     "SelectiveGuidance",
     "TortoiseHareGuidance",
+    "adapters",
     "calibrate",
     "compile",
     "uncompile",
@@ -43,6 +46,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """What knows diffusers is imported when it is asked for."""
+    if name == "adapters":
+        return import_module(".adapters", __name__)
     if name != "TortoiseHareGuidance":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .integrations.diffusers import TortoiseHareGuidance

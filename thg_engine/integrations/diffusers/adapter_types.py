@@ -58,6 +58,9 @@ class AdapterRecord:
         experts: attributes of further denoisers, which take over in the course of a run.
         companions: attributes of networks that are called before the denoiser in every step with
             the same batch, and whose answers it is given (a ControlNet).
+        anchor: what has to be added to the pipeline's scale to give the w of ``u + w (c - u)``: 1
+            where it forms ``c + scale (c - u)``.
+        whole_step: whether it reads more than the sample from what ``scheduler.step`` returns.
     """
 
     pipeline: str
@@ -68,3 +71,5 @@ class AdapterRecord:
     branches: int = 2
     experts: tuple[str, ...] = ()
     companions: tuple[str, ...] = ()
+    anchor: float = 0.0
+    whole_step: bool = False

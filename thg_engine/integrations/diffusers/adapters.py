@@ -1,11 +1,14 @@
-"""Finding the record of a pipeline and the layout of a denoiser."""
+"""Records of pipelines and layouts of denoisers: finding them, and adding one's own."""
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
+from collections.abc import Mapping
 from functools import cache
 from typing import Any
 
+from ...errors import InvalidArgument
 from .adapter_types import AdapterRecord, ArgumentLayout
 from .layouts import LAYOUTS
 from .records import RECORDS
@@ -14,12 +17,66 @@ HOOK_NAME = "thg_engine.guidance"
 """Of the guidance hook, in the registry of the denoiser."""
 
 
+_REGISTERED: dict[type[Any], AdapterRecord] = {}
+_REGISTERED_LAYOUTS: dict[type[Any], ArgumentLayout] = {}
+
+
+def register(
+    pipeline: type[Any],
+    *,
+    layouts: Mapping[type[Any], ArgumentLayout] | None = None,
+    **fields: Any,
+) -> AdapterRecord:
+    """Tell `compile` how a pipeline of your own does guidance.
+
+    Args:
+        pipeline: its class; subclasses that keep its ``__call__`` are described as well. One that
+            is known already gets the new record. Pipelines that are compiled keep the old one.
+        layouts: class of a denoiser or companion -> which of its arguments carry the batch; not
+            needed for classes that diffusers pipelines use, nor with ``calls=True``.
+        fields: of `AdapterRecord`: ``denoiser``, ``cond_half``, ``scale``, ``calls``, ...
+    Returns:
+        The record.
+    Raises:
+        InvalidArgument: no pipeline class, an unknown field, a part of the batch that is not there,
+            a layout of something else.
+    """
+    mro = pipeline.__mro__ if isinstance(pipeline, type) else ()
+    if not any("__call__" in vars(parent) for parent in mro):
+        remedy = "give the class of the pipeline, which defines __call__."
+        raise InvalidArgument("pipeline", getattr(pipeline, "__name__", pipeline), remedy)
+    known = [field.name for field in dataclasses.fields(AdapterRecord)][1:]
+    for name in fields:
+        if name not in known:
+            raise InvalidArgument(name, fields[name], f"a record has {', '.join(known)}.")
+    record = AdapterRecord(pipeline.__name__, **fields)
+    if record.branches < 2:
+        raise InvalidArgument("branches", record.branches, "guidance has two or more.")
+    if not 0 <= record.cond_half < record.branches:
+        remedy = f"count the {record.branches} branches from 0."
+        raise InvalidArgument("cond_half", record.cond_half, remedy)
+    for kind, layout in (layouts or {}).items():
+        if not (isinstance(kind, type) and isinstance(layout, ArgumentLayout)):
+            remedy = "map classes of networks to an ArgumentLayout each."
+            raise InvalidArgument("layouts", f"{kind!r}: {layout!r}", remedy)
+    _REGISTERED_LAYOUTS.update(layouts or {})
+    _REGISTERED[pipeline] = record
+    return record
+
+
+def unregister(pipeline: type[Any]) -> None:
+    """Forget what `register` was told of a pipeline; layouts stay."""
+    _REGISTERED.pop(pipeline, None)
+
+
 def find_record(pipeline_class: type[Any]) -> AdapterRecord | None:
     """The record of the class whose ``__call__`` the pipeline runs; None if nobody wrote one.
 
     A user's subclass with its own loop is another pipeline, even under a known name.
     """
     for parent in pipeline_class.__mro__:
+        if parent in _REGISTERED:
+            return _REGISTERED[parent]
         if "__call__" in vars(parent):
             known = parent.__module__.startswith("diffusers.")
             return RECORDS.get(parent.__name__) if known else None
@@ -28,8 +85,11 @@ def find_record(pipeline_class: type[Any]) -> AdapterRecord | None:
 
 def find_layout(module: Any) -> ArgumentLayout | None:
     """The layout of the class of ``module``, or of the nearest one it derives from."""
-    names = (parent.__name__ for parent in type(module).__mro__)
-    return next((LAYOUTS[name] for name in names if name in LAYOUTS), None)
+    for parent in type(module).__mro__:
+        found = _REGISTERED_LAYOUTS.get(parent) or LAYOUTS.get(parent.__name__)
+        if found is not None:
+            return found
+    return None
 
 
 @cache

@@ -28,7 +28,8 @@ def scale_of(pipe: Any, record: AdapterRecord, arguments: Mapping[str, Any]) -> 
     """w of the call at this moment; its mean where frames have one each."""
     kept = hasattr(type(pipe), record.scale)
     scale = getattr(pipe, record.scale) if kept else arguments[record.scale]
-    return float(scale.float().mean()) if isinstance(scale, Tensor) else float(scale)
+    mean = float(scale.float().mean()) if isinstance(scale, Tensor) else float(scale)
+    return mean + record.anchor
 
 
 def is_guided(pipe: Any, record: AdapterRecord, arguments: Mapping[str, Any]) -> bool:

@@ -111,10 +111,11 @@ class BatchRun(PipelineRun):
         if layout is None or not is_guided(self.pipe, self.record, self.arguments):
             return call
         rows, index = len(named[layout.sample]), self.calls
-        # In its guess mode it is called for the conditional branch alone as it is.
-        is_doubled = self._companion_rows.setdefault(id(module), rows) == self._width
-        if self.plan is None or self._is_full or not is_doubled or index >= len(self._rows):
+        rows = self._companion_rows.setdefault(id(module), rows)
+        if self.plan is None or self._is_full or index >= len(self._rows):
             return call
+        if rows % self._width:
+            return call  # in its guess mode it is called for the conditional branch as it is
         row = self._rows[index]
         if row.evaluates_both or self._is_short(index, row) or self.fallbacks:
             return call

@@ -24,8 +24,6 @@ from diffusers.hooks.hooks import StateManager
 from torch import Tensor
 
 from ...fingerprint import foreign_cache
-from ...guidance import CFG, FRESH
-from ...lowering import plan_from_timesteps
 
 FASTER = "FasterCache leaves the unconditional branch out by itself; give its configuration"
 FASTER_REMEDY = f"{FASTER} unconditional_batch_skip_range=1 to keep only its attention part"
@@ -136,7 +134,7 @@ def look(run: Any, module: torch.nn.Module) -> None:
     known[id(module)] = caches = BlockCaches(module)
     reason = why_not_driven(module, calls=getattr(run.record, "calls", False))
     if reason and reason not in run.fallbacks:
-        _make_full(run, reason)
+        run.refuse(reason)
     if not caches.is_empty:
         _reset(module)
 
@@ -253,18 +251,3 @@ def _reset(module: torch.nn.Module) -> None:
         hook.reset_state(part)
         for manager, context in zip(managers, contexts, strict=True):
             manager.set_context(context)
-
-
-def _make_full(run: Any, reason: str) -> None:
-    """Let the run that is about to start be one of full guidance."""
-    plan_of_call = run._make_plan
-
-    def make() -> Any:
-        rows, plan = plan_of_call()
-        times, lambdas = [r.timestep for r in plan.rows], [r.lambda_t for r in plan.rows]
-        scale = plan.guidance_scale
-        full = plan_from_timesteps(times, lambdas, CFG(), scale, plan.solver, plan.notes)
-        return (FRESH,) * len(rows), full
-
-    run._make_plan = make
-    run.fallbacks.append(reason)

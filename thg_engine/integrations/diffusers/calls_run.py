@@ -24,7 +24,7 @@ from .deferred import BranchSum, Family
 from .fused import Outputs
 from .graphed import CallGraphs
 from .outputs import may_wait, sample_of, with_sample
-from .run import Call, PipelineRun, by_name, untouched
+from .run import Call, PipelineRun, by_name, embeds_of, untouched
 
 PLAIN = ArgumentLayout("hidden_states", ())
 """Of an output that is one tensor."""
@@ -92,7 +92,7 @@ class CallsRun(PipelineRun):
         """Whether the call in progress is the unconditional one of a row that has begun."""
         if not self._is_open:
             return False
-        embeds, known = named.get("encoder_hidden_states"), self._embeds.get("cond")
+        embeds, known = embeds_of(named), self._embeds.get("cond")
         if known is None or embeds is not known[0]:
             return True
         # The same branch again, and no step between them: a loop that steps by other means.
@@ -102,7 +102,7 @@ class CallsRun(PipelineRun):
     def _first(self, expert: int, named: Mapping[str, Any]) -> Callable[[Any], Any]:
         """Begin a row with its conditional call."""
         uncond = self._embeds.get("uncond")
-        if uncond is not None and named.get("encoder_hidden_states") is uncond[0]:
+        if uncond is not None and embeds_of(named) is uncond[0]:
             self._fall_back(OUT_OF_TURN)
         index, self.calls, self._source = self.calls, self.calls + 1, None
         self.nfe += 1

@@ -27,6 +27,7 @@ from .controller import Controller
 from .guided import GuiderSwap, denoiser_of_guided, guiders_of, swap_guider
 from .guided_controller import GuidedController
 from .networks import Networks
+from .reasons import reason_for
 from .records import RECORDS
 from .resolve import load_calibration, resolve_guidance
 from .settings import Settings
@@ -130,11 +131,21 @@ def compile_with(pipe: Any, settings: Settings) -> Any:
     if record is not None:
         reason = networks.why_not(pipe, record)
     elif not guiders_of(pipe):
-        name, number = base.__name__, len(RECORDS)
-        reason = f"no adapter record describes {name} ({number} pipelines have one)"
+        reason = _why_unknown(base)
     warnings.warn(f"thg_engine leaves this pipeline as it is: {reason}.", stacklevel=4)
     vars(pipe)["thg"] = Controller(settings, None, Networks(), reason)
     return pipe
+
+
+def _why_unknown(base: type[Any]) -> str:
+    """Why a pipeline without record and guider is left alone."""
+    known = reason_for(base)
+    if known:
+        return f"{base.__name__}: {known}"
+    remedy = "thg_engine.adapters.register describes one"
+    return (
+        f"no adapter record describes {base.__name__} ({len(RECORDS)} pipelines have one; {remedy})"
+    )
 
 
 def _under(pipe: Any, controller: Controller | GuidedController) -> Any:
@@ -169,10 +180,10 @@ def _base_class(pipe: Any) -> type[Any]:
 @functools.cache
 def _compiled_class(base: type[Any]) -> type[Any]:
     """The subclass of ``base`` whose calls run under a plan; carries the name of ``base``."""
-    original = base.__call__
 
-    @functools.wraps(original)
+    @functools.wraps(base.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        original = base.__call__  # libraries replace it on the class
         controller: Controller | GuidedController = self.thg
         if os.environ.get(KILL_SWITCH) == "1":
             return original(self, *args, **kwargs)

@@ -17,7 +17,7 @@ from thg_kernels.step_update import choose_backend
 
 from ...errors import InvalidArgument, ThgError
 from ...graph_cache import GraphCache
-from ...guidance import Guidance, GuidanceRow
+from ...guidance import CFG, Guidance, GuidanceRow
 from ...lowering import guidance_rows, plan_from_timesteps
 from ...plan import SamplingPlan
 from ...schedule import model_timesteps
@@ -124,7 +124,7 @@ class Controller:
             raise InvalidArgument("num_inference_steps", num_inference_steps, remedy)
         fresh = type(scheduler).from_config(scheduler.config)
         fresh.set_timesteps(num_inference_steps)
-        return self._plan(fresh, len(model_timesteps(fresh)), guidance_scale)[1]
+        return self._plan(fresh, len(model_timesteps(fresh)), guidance_scale, self.guidance)[1]
 
     def stats(self) -> dict[str, Any]:
         """Counters since `compile`, and of the last call.
@@ -269,7 +269,7 @@ class Controller:
             self._graphs.refuse(WRAPPED)
             wanted = False
         common: Any = (
-            *(pipe, record, networks.denoisers, lambda: self._plan_of_call(run)),
+            *(pipe, record, networks.denoisers, lambda full: self._plan_of_call(run, full)),
             None if self.settings.fused is False else lambda *args: self._fuse(run, *args),
         )
         if layout is None:
@@ -345,10 +345,13 @@ class Controller:
                 hook.detach(module, self)
         self.attach()
 
-    def _plan_of_call(self, run: PipelineRun) -> tuple[tuple[GuidanceRow, ...], SamplingPlan]:
+    def _plan_of_call(
+        self, run: PipelineRun, full: bool
+    ) -> tuple[tuple[GuidanceRow, ...], SamplingPlan]:
         """Rows and plan of the call in progress: the timesteps are set, truncation is known."""
         scale = scale_of(run.pipe, run.record, run.arguments)
-        return self._plan(run.pipe.scheduler, num_rows_of(run.pipe, run.arguments), scale)
+        rows = num_rows_of(run.pipe, run.arguments)
+        return self._plan(run.pipe.scheduler, rows, scale, CFG() if full else self.guidance)
 
     def _fuse(
         self,
@@ -375,9 +378,8 @@ class Controller:
         )
 
     def _plan(
-        self, scheduler: Any, num_rows: int, guidance_scale: float
+        self, scheduler: Any, num_rows: int, guidance_scale: float, guidance: Guidance | None
     ) -> tuple[tuple[GuidanceRow, ...], SamplingPlan]:
-        guidance = self.guidance
         if guidance is None:
             raise ThgError(f"there is no plan: {self.inactive}.")
         # img2img and inpainting run the last rows only.

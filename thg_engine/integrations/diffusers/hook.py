@@ -72,7 +72,8 @@ class GuidanceHook(ModelHook):  # type: ignore[misc]
         """Replacement of ``module.forward``."""
         run = _ACTIVE.get()
         original = self.fn_ref.original_forward
-        if run is None or not run.knows(module):
+        # A hook that somebody's wrapper kept when it was replaced passes everything through.
+        if run is None or not run.knows(module) or _hook_of(module) is not self:
             return original(*args, **kwargs)
         look(run, module)
         args, kwargs, finish = _prepare(run, module, args, kwargs)

@@ -85,6 +85,7 @@ LAYOUTS: dict[str, ArgumentLayout] = {
         ("encoder_hidden_states", "attention_mask", "added_cond_kwargs", *_UNET_RESIDUALS[:2]),
         ("timestep", "timestep_cond", "cross_attention_kwargs"),
         repeated=("encoder_hidden_states", "added_cond_kwargs", *_UNET_RESIDUALS[:2]),
+        residuals=_UNET_RESIDUALS[:2],
     ),
     "UNetSpatioTemporalConditionModel": ArgumentLayout(
         "sample", ("encoder_hidden_states", "added_time_ids")
@@ -169,6 +170,19 @@ LAYOUTS: dict[str, ArgumentLayout] = {
         ("t",),
         lists=("x", "cap_feats", "siglip_feats", "image_noise_mask"),
         drops=True,
+        residuals=("controlnet_block_samples",),
+    ),
+    "ZImageControlNetModel": ArgumentLayout(
+        "x", (), ("t",), lists=("x", "cap_feats", "control_context"), drops=True
+    ),
+    "SparseControlNetModel": ArgumentLayout(
+        "sample",
+        ("encoder_hidden_states", "attention_mask"),
+        (
+            *("timestep", "timestep_cond", "cross_attention_kwargs"),
+            *("controlnet_cond", "conditioning_mask"),
+        ),
+        repeated=("encoder_hidden_states",),
     ),
     "BriaTransformer2DModel": ArgumentLayout(
         "hidden_states",

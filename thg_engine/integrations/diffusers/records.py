@@ -71,6 +71,10 @@ _CALLS = (
     *("Cosmos2_5_PredictBasePipeline", "LongCatImageEditPipeline", "LongCatAudioDiTPipeline"),
 )
 _EXPERTS = ("WanPipeline", "WanImageToVideoPipeline", "WanVACEPipeline", "LucyEditPipeline")
+_LISTS = (
+    *("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+    *("ZImageControlNetPipeline", "ZImageControlNetInpaintPipeline"),
+)
 _CONTROLLED = {
     *("StableDiffusionControlNetPipeline", "StableDiffusionControlNetImg2ImgPipeline"),
     *("StableDiffusionControlNetInpaintPipeline", "StableDiffusionXLControlNetPipeline"),
@@ -81,19 +85,24 @@ _CONTROLLED = {
     ),
     *("StableDiffusionXLControlNetUnionInpaintPipeline", "StableDiffusion3ControlNetPipeline"),
     *("StableDiffusion3ControlNetInpaintingPipeline", "HunyuanDiTControlNetPipeline"),
-    "SanaControlNetPipeline",
-}
-_LISTS = (
-    *("ZImagePipeline", "ZImageImg2ImgPipeline", "ZImageInpaintPipeline"),
+    *("SanaControlNetPipeline", "AnimateDiffControlNetPipeline"),
+    *("AnimateDiffVideoToVideoControlNetPipeline", "AnimateDiffSparseControlNetPipeline"),
     *("ZImageControlNetPipeline", "ZImageControlNetInpaintPipeline"),
-)
+}
+_ANCHORED = {
+    *("Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline", "Krea2Pipeline", *_LISTS),
+    *("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline", "Cosmos2_5_PredictBasePipeline"),
+}
+"""Their guidance is c + scale (c - u)."""
 _PRIORS = (
     *("KandinskyPriorPipeline", "KandinskyV22PriorPipeline", "KandinskyV22PriorEmb2EmbPipeline"),
     *("ShapEPipeline", "ShapEImg2ImgPipeline"),
 )
 RECORDS: dict[str, AdapterRecord] = {
-    record.pipeline: (
-        replace(record, companions=("controlnet",)) if record.pipeline in _CONTROLLED else record
+    record.pipeline: replace(
+        record,
+        companions=("controlnet",) if record.pipeline in _CONTROLLED else (),
+        anchor=float(record.pipeline in _ANCHORED),
     )
     for record in (
         *(AdapterRecord(name) for name in _UNETS),

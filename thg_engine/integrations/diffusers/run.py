@@ -34,6 +34,11 @@ from .planning import FusedPlan
 Rows = tuple[GuidanceRow, ...]
 Call = tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]
 """What the denoiser is called with, and what becomes of its output."""
+CONDITIONING = (
+    *("encoder_hidden_states", "cap_feats", "text_bth", "proj_embedding", "class_labels"),
+    *("context", "c", "clip", "clip_text"),
+)
+"""Names of the conditioning among the arguments of denoisers, the text first."""
 NOT_YET = "no step has been taken"
 
 
@@ -44,7 +49,8 @@ class PipelineRun:
         pipe: the pipeline that runs.
         record: its adapter record.
         modules: its denoisers; more than one where experts take over.
-        make_plan: gives guidance rows and plan once the pipeline has set its timesteps.
+        make_plan: gives guidance rows and plan once the pipeline has set its timesteps; those of
+            full guidance if asked.
         make_fused: gives the plan with solver columns for these arguments of ``scheduler.step``
             and this sample, or the reason why there is none; None: the scheduler steps.
         graphs: of this run; None: every call runs eagerly.
@@ -67,7 +73,7 @@ class PipelineRun:
         pipe: Any,
         record: AdapterRecord,
         modules: tuple[torch.nn.Module, ...],
-        make_plan: Callable[[], tuple[Rows, SamplingPlan]],
+        make_plan: Callable[[bool], tuple[Rows, SamplingPlan]],
         make_fused: Callable[[Rows, dict[str, Any], Tensor], FusedPlan | str] | None = None,
         graphs: RunGraphs | CallGraphs | None = None,
     ) -> None:
@@ -82,7 +88,7 @@ class PipelineRun:
         self.backend = ""
         self.unfused = NOT_YET if make_fused is not None else "turned off"
         self._rows: Rows = ()
-        self._is_full = False
+        self._is_full = self._refused = False
         self._held = HeldGuidance()
         self._embeds: dict[str, tuple[Tensor, int]] = {}
         self._source: Outputs | None = None
@@ -129,7 +135,7 @@ class PipelineRun:
     def _plan(self) -> None:
         """Make the plan, once guidance is on and the timesteps are set."""
         if self.plan is None:
-            self._rows, self.plan = self._make_plan()
+            self._rows, self.plan = self._make_plan(self._refused)
             self._held = HeldGuidance(self._rows)
             self._is_full = all(row.evaluates_both and row.boost == 1.0 for row in self._rows)
 
@@ -172,7 +178,7 @@ class PipelineRun:
             return "guidance was off when the run began"
         if self.fallbacks:
             return "full guidance runs as in the plain pipeline"
-        if kwargs.pop("return_dict", True):
+        if kwargs.pop("return_dict", True) and self.record.whole_step:
             return "the pipeline wants more than the sample from its scheduler's step"
         made = self._make_fused(self._rows, kwargs, sample)
         if isinstance(made, str):
@@ -196,10 +202,15 @@ class PipelineRun:
             self._held.clear()  # the registers hold from here on
         return ""
 
+    def refuse(self, reason: str) -> None:
+        """Full guidance in this run, whose plan has not been made yet."""
+        self._refused = True
+        self._fall_back(reason)
+
     def _watch_embeds(self, branch: str, named: Mapping[str, Any]) -> None:
         """Drop held deltas when a branch's embeddings have been swapped or edited between rows."""
-        embeds = named.get("encoder_hidden_states")
-        if not isinstance(embeds, Tensor):
+        embeds = embeds_of(named)
+        if embeds is None:
             return
         # Tensors of inference mode keep no version: there only a swap is seen, not an edit in
         # place.
@@ -217,6 +228,13 @@ class PipelineRun:
         self.invalidate()
         if reason not in self.fallbacks:
             self.fallbacks.append(reason)
+
+
+def embeds_of(named: Mapping[str, Any]) -> Tensor | None:
+    """The conditioning of a denoiser, under the first of its usual names; None: not known."""
+    found = [named.get(name) for name in CONDITIONING]
+    firsts = (value[0] if isinstance(value, list) and value else value for value in found)
+    return next((value for value in firsts if isinstance(value, Tensor)), None)
 
 
 def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

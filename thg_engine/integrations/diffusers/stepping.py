@@ -14,8 +14,10 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+from diffusers.utils import BaseOutput
 from torch import Tensor
 
 from . import hook
@@ -34,6 +36,17 @@ class SteppedScheduler:
         reduced: Any = super().__reduce_ex__(protocol)
         own = tuple(base_class(self) if value is type(self) else value for value in reduced[1])
         return (reduced[0], own, *reduced[2:])
+
+
+@dataclass
+class SteppedOutput(BaseOutput):  # type: ignore[misc]
+    """What ``scheduler.step`` returns for a fused row: the sample, and nothing else."""
+
+    prev_sample: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        remedy = "compile(pipe, fused=False) leaves the step to the scheduler"
+        raise AttributeError(f"a fused step makes no {name!r}; {remedy}.")
 
 
 @contextmanager
@@ -94,7 +107,8 @@ def _stepped_class(base: type[Any]) -> type[Any]:
             named = {**dict(zip(further, args, strict=False)), **kwargs}
             following = _fused(run, self, model_output, timestep, sample, named)
         if following is not None:
-            return (following,)
+            whole = named.get("return_dict", True)
+            return SteppedOutput(prev_sample=following) if whole else (following,)
         if isinstance(model_output, BranchSum):
             model_output = model_output.value()
         return original(self, model_output, timestep, sample, *args, **kwargs)
