@@ -46,9 +46,8 @@ def register(
         remedy = "give the class of the pipeline, which defines __call__."
         raise InvalidArgument("pipeline", getattr(pipeline, "__name__", pipeline), remedy)
     known = [field.name for field in dataclasses.fields(AdapterRecord)][1:]
-    for name in fields:
-        if name not in known:
-            raise InvalidArgument(name, fields[name], f"a record has {', '.join(known)}.")
+    for name in fields.keys() - known:
+        raise InvalidArgument(name, fields[name], f"a record has {', '.join(known)}.")
     record = AdapterRecord(pipeline.__name__, **fields)
     if record.branches < 2:
         raise InvalidArgument("branches", record.branches, "guidance has two or more.")
