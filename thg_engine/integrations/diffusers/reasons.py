@@ -97,7 +97,7 @@ REASONS: dict[str, str] = {
     "ChronoEditPipeline": "it drops frames in the course of a run: what is held has another shape",
     "Ideogram4Pipeline": f"a network for each branch; {_TEXT_TOO}",
     "QwenImage21Pipeline": _TEXT_TOO,
-    "UniDiffuserPipeline": "picture, its features and text in one answer; the mode says what guides",
+    "UniDiffuserPipeline": "picture, features and text in one answer; the mode says what guides",
     "StableDiffusionGLIGENTextImagePipeline": (
         "two doubled calls per step, with boxes and without, and half of each is used"
     ),
