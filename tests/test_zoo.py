@@ -14,16 +14,18 @@ CALLS = {"concat": 1, "concat-reversed": 1, "calls": 2, "three": 1, "none": 1}
 ROWS = {"concat": 2, "concat-reversed": 2, "calls": 1, "three": 3, "none": 1}
 HALVES = ("concat", "concat-reversed", "calls")
 # c + s (c - u): no scale above 1 leaves the conditional branch alone.
-ANCHORED = ("ZImage", "Kandinsky3")
+ANCHORED = ("ZImage", "Kandinsky3", "Krea2", "Cosmos")
+TWO_SCALES = ("lucy_edit_two_experts",)
 
 
 def _entries(patterns: tuple[str, ...] = ()) -> list:
     return [
         pytest.param(entry, id=name, marks=[pytest.mark.slow] if entry.slow else [])
         for name, entry in ZOO.items()
-        if entry.make.__module__.startswith("zoo_images")
+        if entry.make.__module__.startswith(("zoo_images", "zoo_calls"))
         and (not patterns or (entry.pattern in patterns and entry.scale))
         and (not patterns or not entry.cls.startswith(ANCHORED))
+        and (not patterns or name not in TWO_SCALES)
     ]
 
 

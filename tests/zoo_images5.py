@@ -10,7 +10,7 @@ import torch
 from pipelines import mask, picture, tokenizer
 from zoo import both, clip, clip_vision, noise, prompts, seeded, sized, vae, zoo
 from zoo_images import PLAIN, TWO, controlnet, sd_parts, xl_parts
-from zoo_images2 import SD3, SHORT, net, sd3_parts
+from zoo_images2 import SD3, SHORT, kolors, net, sd3_parts
 
 SILENT = {"callbacks": False, "other": sized(24)}
 
@@ -207,3 +207,10 @@ def sd_unclip():
     }
     pipe = diffusers.StableUnCLIPPipeline(**unclip_parts(), **prior_parts)
     return pipe, both(prior_num_inference_steps=2, **sized(16))
+
+
+@zoo("KolorsImg2ImgPipeline", denoiser="unet", batch=TWO, other=None)
+def kolors_img2img():
+    parts = kolors()[0].components
+    given = both(**SHORT, image=picture(), strength=0.8, num_inference_steps=5)
+    return diffusers.KolorsImg2ImgPipeline(**parts), given

@@ -56,6 +56,12 @@ class CallsRun(PipelineRun):
         """See `PipelineRun.prepare`."""
         named = by_name(module, args, kwargs)
         index = next(i for i, mine in enumerate(self.modules) if mine is module)
+        embeds = embeds_of(named)
+        if embeds is not None and not embeds.numel():
+            # A picture alone, ahead of the loop: it belongs to no branch.
+            self._answer = self._call = None
+            self.nfe, self.extras = self.nfe + 1, self.extras + 1
+            return args, kwargs, untouched
         self._answer, self._call = None, (index, named)
         if not self._is_second(named):
             return args, kwargs, self._first(index, named)

@@ -14,7 +14,6 @@ UNGUIDED = "it has no classifier-free guidance in a loop of its own"
 _ONNX = "an ONNX network, which cannot be hooked"
 _TWO_STAGES = "several denoisers, each with a scheduler of its own"
 _CHUNKS = "one run of all timesteps for every chunk of the video: rows are not timesteps"
-_TWICE = "its loop asks the scheduler twice per step: for x0 of both branches, then for the sample"
 _TEXT_TOO = "the network puts out the places of the text too, as many as its branch has"
 _BLOCKS = "its blocks call the network for each branch by themselves, without a guider"
 _OWN_COPIES = "copies of the scheduler step the frames, each at a noise level of its own"
@@ -84,8 +83,6 @@ REASONS: dict[str, str] = {
     "StableDiffusionParadigmsPipeline": "many steps in one call, repeated until they agree",
     "TextToVideoZeroPipeline": _HALVES,
     "TextToVideoZeroSDXLPipeline": _HALVES,
-    "CosmosTextToWorldPipeline": _TWICE,
-    "CosmosVideoToWorldPipeline": _TWICE,
     "Cosmos2_5_TransferPipeline": _CHUNKS,
     "HunyuanVideoFramepackPipeline": _CHUNKS,
     "HeliosPipeline": _CHUNKS,

@@ -32,7 +32,8 @@ _UNETS = (
     *("AnimateDiffVideoToVideoControlNetPipeline", "AnimateDiffSparseControlNetPipeline"),
     *("AnimateDiffSDXLPipeline", "TextToVideoSDPipeline", "VideoToVideoSDPipeline"),
     *("I2VGenXLPipeline", "AudioLDMPipeline", "MusicLDMPipeline", "LDMTextToImagePipeline"),
-    *("KolorsPipeline", "AnimateDiffPipeline", "KandinskyV22Pipeline", "AudioLDM2Pipeline"),
+    *("KolorsPipeline", "KolorsImg2ImgPipeline", "AnimateDiffPipeline"),
+    *("KandinskyV22Pipeline", "AudioLDM2Pipeline"),
 )
 _TRANSFORMERS = (
     *("StableDiffusion3Pipeline", "StableDiffusion3Img2ImgPipeline"),
@@ -89,7 +90,10 @@ _CONTROLLED = {
     *("AnimateDiffVideoToVideoControlNetPipeline", "AnimateDiffSparseControlNetPipeline"),
     *("ZImageControlNetPipeline", "ZImageControlNetInpaintPipeline"),
 }
+_PREDICTED = ("CosmosTextToWorldPipeline", "CosmosVideoToWorldPipeline")
+"""They ask the scheduler for x0 of each branch before they step."""
 _ANCHORED = {
+    *_PREDICTED,
     *("Kandinsky3Pipeline", "Kandinsky3Img2ImgPipeline", "Krea2Pipeline", *_LISTS),
     *("Cosmos2TextToImagePipeline", "Cosmos2VideoToWorldPipeline", "Cosmos2_5_PredictBasePipeline"),
 }
@@ -116,6 +120,7 @@ RECORDS: dict[str, AdapterRecord] = {
             AdapterRecord(name, "transformer", calls=True, experts=("transformer_2",))
             for name in _EXPERTS
         ),
+        *(AdapterRecord(name, "transformer", calls=True, whole_step=True) for name in _PREDICTED),
         AdapterRecord("StableVideoDiffusionPipeline"),
         AdapterRecord("StableDiffusionInstructPix2PixPipeline", cond_half=0, branches=3),
         AdapterRecord("StableDiffusionXLInstructPix2PixPipeline", cond_half=0, branches=3),

@@ -178,7 +178,8 @@ class PipelineRun:
             return "guidance was off when the run began"
         if self.fallbacks:
             return "full guidance runs as in the plain pipeline"
-        if kwargs.pop("return_dict", True) and self.record.whole_step:
+        kwargs.pop("return_dict", None)
+        if self.record.whole_step:
             return "the pipeline wants more than the sample from its scheduler's step"
         made = self._make_fused(self._rows, kwargs, sample)
         if isinstance(made, str):
