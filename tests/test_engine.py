@@ -337,6 +337,7 @@ def test_bad_inputs_are_refused_before_any_denoiser_call(argument, changes):
         ("register_dtype", lambda: Engine(Network(), register_dtype=torch.float16)),
         ("register_dtype", lambda: Engine(Network(), register_dtype=torch.int32)),
         ("model_dtype", lambda: Engine(Network(), model_dtype=torch.int32)),
+        ("watch", lambda: Engine(Network(), watch="network")),
     ],
 )
 def test_bad_engines(argument, make):

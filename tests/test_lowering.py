@@ -208,3 +208,9 @@ def test_refusals():
         plan_from_solver(SOLVERS["ddim"], points, THG(grid=(0, 9)), 2.0)
     assert plan_from_solver(SOLVERS["ddim"], points, CFG(), 1.0).nfe == 6
     assert plan_from_solver(SOLVERS["ddim"], points, CFGCache(2, 0.0), 2.0).nfe == 9
+
+
+@pytest.mark.parametrize("scale", ["7", None, float("nan"), float("inf")])
+def test_a_scale_that_is_no_number(scale):
+    with pytest.raises(InvalidArgument, match=r"^guidance_scale="):
+        plan_from_solver(SOLVERS["ddim"], vp_points(4), THG(grid=2), scale)

@@ -234,8 +234,8 @@ def test_plot_draws_a_picture(tmp_path):
     with Image.open(tmp_path / "plan.png") as image:
         assert image.format == "PNG" and image.width > 400
         assert len(image.convert("RGB").getcolors(1 << 24)) > 10
-    plan.plot(str(tmp_path / "plan.svg"))
-    assert "<svg" in (tmp_path / "plan.svg").read_text(encoding="utf-8")
+    plan.plot(str(tmp_path / "new" / "plan.svg"))
+    assert "<svg" in (tmp_path / "new" / "plan.svg").read_text(encoding="utf-8")
 
 
 def test_guidance_alone_is_a_plan_without_steps():

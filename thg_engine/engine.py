@@ -103,6 +103,8 @@ class Engine:
         if not (graph is None or isinstance(graph, bool) or graph == "trajectory"):
             raise InvalidArgument("graph", graph, 'give True, False, None or "trajectory".')
         self.graph = graph
+        if not (watch is None or isinstance(watch, torch.nn.Module)):
+            raise InvalidArgument("watch", watch, "give the network behind denoiser, or None.")
         self._watch: Any = denoiser if watch is None else watch
         self._graphs = GraphCache(max_shapes, choose=graph is None, captures_late=captures_late)
 

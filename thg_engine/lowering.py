@@ -11,8 +11,10 @@ Two forms of Algorithm 1 (arXiv 2511.04117):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import TypedDict
 
 from .errors import InvalidArgument
@@ -31,6 +33,8 @@ def guidance_rows(
     guidance: Guidance, lambdas: Sequence[float], guidance_scale: float
 ) -> tuple[GuidanceRow, ...]:
     """Rows of ``guidance``; none evaluates the unconditional branch where w = 1 makes it idle."""
+    if not isinstance(guidance_scale, Real) or not math.isfinite(guidance_scale):
+        raise InvalidArgument("guidance_scale", guidance_scale, "give a finite number, w.")
     if guidance_scale == 1.0:
         return (UNGUIDED,) * len(lambdas)
     rows = guidance.rows(lambdas, guidance_scale)

@@ -182,7 +182,7 @@ class SamplingPlan:
         return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
 
     def plot(self, path: str | Path) -> None:
-        """Draw which rows evaluate both branches over half log-SNR (PNG, PDF or SVG by suffix).
+        """Draw which rows evaluate both branches (PNG, PDF or SVG by suffix); makes the folder.
 
         Raises:
             ImportError: matplotlib is missing (``pip install thg-engine[metrics]``).
@@ -198,7 +198,9 @@ class SamplingPlan:
         axes.set(xlabel="row", ylabel="evaluations", yticks=[0, 1, 2])
         axes.locator_params(axis="x", integer=True)
         axes.set_title(f"{self.method} on {self.solver}: NFE {self.nfe} of {2 * self.num_rows}")
+        axes.set_ylim(0, 2.8)  # room for the legend
         axes.legend(loc="upper right", ncols=2)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120)
 
     def to_json(self) -> str:

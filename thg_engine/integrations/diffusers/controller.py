@@ -119,8 +119,8 @@ class Controller:
         """
         if self.guidance is None:
             raise ThgError(f"there is no plan: {self.inactive}.")
-        if num_inference_steps < 1:
-            remedy = "give at least one step."
+        if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
+            remedy = "give a whole number of steps, at least one."
             raise InvalidArgument("num_inference_steps", num_inference_steps, remedy)
         fresh = type(scheduler).from_config(scheduler.config)
         fresh.set_timesteps(num_inference_steps)
