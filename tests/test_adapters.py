@@ -63,6 +63,9 @@ def test_layouts_are_found_by_class():
     class Network(torch.nn.Module):
         """Not of diffusers."""
 
+        def forward(self, x, words):
+            return x
+
     class Wider(Network):
         """Derives from one that is registered."""
 
@@ -82,6 +85,17 @@ def test_layouts_are_found_by_class():
         ("cond_half", OwnLoop, {"cond_half": -1}),
         ("layouts", OwnLoop, {"layouts": {"UNet": ArgumentLayout("x", ())}}),
         ("layouts", OwnLoop, {"layouts": {torch.nn.Linear: "x"}}),
+        ("layouts", OwnLoop, {"layouts": [ArgumentLayout("input", ())]}),
+        ("layouts", OwnLoop, {"layouts": {torch.nn.Linear: ArgumentLayout("x", ())}}),
+        ("batched", OwnLoop, {"layouts": {torch.nn.Linear: ArgumentLayout("input", "x")}}),
+        ("denoiser", OwnLoop, {"denoiser": 3}),
+        ("cond_half", OwnLoop, {"cond_half": "first"}),
+        ("scale", OwnLoop, {"scale": 4.0}),
+        ("experts", OwnLoop, {"experts": "unet_2"}),
+        ("experts", OwnLoop, {"experts": ("unet_2",)}),
+        ("companions", OwnLoop, {"companions": (3,)}),
+        ("calls", OwnLoop, {"calls": True, "cond_half": 0}),
+        ("calls", OwnLoop, {"calls": True, "companions": ("controlnet",)}),
     ],
 )
 def test_what_makes_no_sense_is_refused(name, pipeline, fields):
@@ -104,3 +118,10 @@ def test_a_wrong_layout_ends_in_full_guidance_and_says_why():
         assert torch.equal(call(pipe), stock)
     assert found is not wrong and pipe.thg.stats()["last_nfe"] == 2 * pipe.thg.stats()["last_rows"]
     assert "encoder_hidden_states holds tensors of unknown layout" in pipe.thg.report()
+
+
+def test_a_scale_that_the_pipeline_does_not_have_is_said():
+    register(OwnLoop, scale="strength_of_guidance")
+    with pytest.warns(UserWarning, match="neither property nor argument 'strength_of_guidance'"):
+        pipe = thg_engine.compile(own())
+    assert "not active" in pipe.thg.report()

@@ -124,7 +124,12 @@ def test_a_finished_run_holds_no_tensor_and_no_pipeline():
     pipe = thg_engine.compile(tiny(), HELD)
     call(pipe)
     kept = vars(pipe.thg._last)
-    assert kept["pipe"] is None and kept["fused"] is None and not kept["_embeds"]
+    assert (
+        kept["pipe"] is None
+        and kept["fused"] is None
+        and not kept["_seen"]
+        and not kept["arguments"]
+    )
     assert not kept["_held"]._deltas and not kept["_held"]._conds
 
 

@@ -69,6 +69,14 @@ def test_full_guidance_is_bit_identical_and_nothing_is_left_behind(entry: Zoo) -
     assert torch.equal(run(entry, pipe), stock)
 
 
+def check_by_hand(entry: Zoo, pipe, plan, found: torch.Tensor, **changes) -> None:
+    """``found`` is what the plain pipeline gives with deltas held by hand."""
+    with ByHand(pipe, entry, set(plan.coarse_grid)):
+        expected = run(entry, pipe, **changes)
+    scale = expected.float().abs().max()
+    assert float((found - expected).abs().max() / scale) < 2e-3
+
+
 def counted(forward, rows: list[int]):
     """``forward``, which notes the batch of its first argument."""
 
@@ -115,10 +123,7 @@ def test_held_guidance_is_what_it_is_by_hand(entry: Zoo) -> None:
     assert sum(network.rows) == nfe * batch < record.branches * stats["last_rows"] * batch
     if record.branches == 2:
         assert nfe == plan.nfe + stats["refreshes"]
-    with ByHand(pipe, entry, set(plan.coarse_grid)):
-        expected = run(entry, pipe)
-    scale = expected.float().abs().max()
-    assert float((found - expected).abs().max() / scale) < 2e-3
+    check_by_hand(entry, pipe, plan, found)
     assert not torch.equal(found, full)
 
 
@@ -149,6 +154,8 @@ def test_two_prompts(entry: Zoo) -> None:
     held = run(entry, thg_engine.compile(pipe, HELD), **entry.batch)
     assert len(held) == len(stock)
     check_cost(pipe)
+    plan = pipe.thg.plan
+    check_by_hand(entry, thg_engine.uncompile(pipe), plan, held, **entry.batch)
 
 
 @pytest.mark.parametrize("entry", entries(copies=True))
@@ -156,8 +163,10 @@ def test_several_results_per_prompt(entry: Zoo) -> None:
     pipe, copies = made(entry), {entry.copies: 2}
     stock = run(entry, pipe, **copies)
     assert torch.equal(run(entry, thg_engine.compile(pipe, CFG()), **copies), stock)
-    run(entry, thg_engine.compile(pipe, HELD), **copies)
+    held = run(entry, thg_engine.compile(pipe, HELD), **copies)
     check_cost(pipe)
+    plan = pipe.thg.plan
+    check_by_hand(entry, thg_engine.uncompile(pipe), plan, held, **copies)
 
 
 @pytest.mark.parametrize("entry", entries(other=True))

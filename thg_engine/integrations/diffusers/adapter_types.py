@@ -21,6 +21,8 @@ class ArgumentLayout:
         shared: arguments whose tensors never carry the batch.
         repeated: batched arguments that may have several rows for one of the sample, its frames.
         residuals: batched arguments that companions have made, a ControlNet say.
+        moving: batched arguments that are others in every step (a second sample, a noise level);
+            a change of all the rest makes held deltas stale.
         second: batched arguments whose tensors carry the batch in dim 1.
         lists: arguments that are lists with one item per row of the batch; may be the sample.
         outputs: how many of the denoiser's outputs, counted from the first, are guided.
@@ -36,6 +38,7 @@ class ArgumentLayout:
     shared: tuple[str, ...] = ()
     repeated: tuple[str, ...] = ()
     residuals: tuple[str, ...] = ()
+    moving: tuple[str, ...] = ()
     second: tuple[str, ...] = ()
     lists: tuple[str, ...] = ()
     outputs: int = 1

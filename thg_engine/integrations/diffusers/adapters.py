@@ -49,18 +49,60 @@ def register(
     for name in fields.keys() - known:
         raise InvalidArgument(name, fields[name], f"a record has {', '.join(known)}.")
     record = AdapterRecord(pipeline.__name__, **fields)
+    _check_record(record)
+    _check_layouts(layouts or {})
+    _REGISTERED_LAYOUTS.update(layouts or {})
+    _REGISTERED[pipeline] = record
+    return record
+
+
+def _check_record(record: AdapterRecord) -> None:
+    """Refuse values of the wrong kind, and fields that do not go together."""
+    for field in dataclasses.fields(AdapterRecord):
+        value, usual = getattr(record, field.name), field.default
+        is_names = isinstance(usual, tuple)
+        kind = (
+            float if isinstance(usual, float) else str if field.name == "pipeline" else type(usual)
+        )
+        right = isinstance(value, (int, float) if kind is float else kind)
+        if not right or (is_names and not all(isinstance(name, str) for name in value)):
+            remedy = "give a tuple of names." if is_names else f"give a {kind.__name__}."
+            raise InvalidArgument(field.name, value, remedy)
     if record.branches < 2:
         raise InvalidArgument("branches", record.branches, "guidance has two or more.")
     if not 0 <= record.cond_half < record.branches:
         remedy = f"count the {record.branches} branches from 0."
         raise InvalidArgument("cond_half", record.cond_half, remedy)
-    for kind, layout in (layouts or {}).items():
+    if record.experts and not record.calls:
+        remedy = "experts are known with calls=True only; leave it out."
+        raise InvalidArgument("experts", record.experts, remedy)
+    if record.calls and (record.branches > 2 or record.companions or record.cond_half != 1):
+        remedy = "cond_half, branches and companions are of one call; leave them out."
+        raise InvalidArgument("calls", record.calls, remedy)
+
+
+def _check_layouts(layouts: Any) -> None:
+    """Refuse what is no layout, and layouts whose names are no tuples of names."""
+    if not isinstance(layouts, Mapping):
+        remedy = "map classes of networks to an ArgumentLayout each."
+        raise InvalidArgument("layouts", type(layouts).__name__, remedy)
+    for kind, layout in layouts.items():
         if not (isinstance(kind, type) and isinstance(layout, ArgumentLayout)):
             remedy = "map classes of networks to an ArgumentLayout each."
             raise InvalidArgument("layouts", f"{kind!r}: {layout!r}", remedy)
-    _REGISTERED_LAYOUTS.update(layouts or {})
-    _REGISTERED[pipeline] = record
-    return record
+        names = [layout.sample]
+        for field in dataclasses.fields(layout)[1:]:
+            value = getattr(layout, field.name)
+            if value is field.default:
+                continue
+            if isinstance(field.default, tuple) or field.name == "batched":
+                if not isinstance(value, tuple):
+                    raise InvalidArgument(field.name, value, "give a tuple of names.")
+                names += value
+        for name in names:
+            if name not in argument_names(kind):
+                remedy = f"{kind.__name__}.forward has {', '.join(argument_names(kind))}."
+                raise InvalidArgument("layouts", name, remedy)
 
 
 def unregister(pipeline: type[Any]) -> None:

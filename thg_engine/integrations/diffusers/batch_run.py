@@ -48,6 +48,8 @@ class BatchRun(PipelineRun):
     ) -> None:
         super().__init__(*args, **kwargs)
         self._layout, self.companions = layout, companions
+        given = {layout.sample, *layout.residuals, *layout.moving}
+        self._conditioning = [n for n in (*layout.batched, *layout.lists) if n not in given]
         self._named: Mapping[str, Any] = {}
         self._pending: tuple[int, GuidanceRow, str] | None = None
         self._width = 0
@@ -81,7 +83,7 @@ class BatchRun(PipelineRun):
             self.invalidate()
             return args, kwargs, untouched
         self._plan()
-        self._watch_embeds("both", named)
+        self._watch("all", {name: named[name] for name in self._conditioning if name in named})
         self._ready = self._layout.residuals if self._is_halved else ()
         row, half = self._choose(index, named)
         self._is_halved = False
@@ -90,6 +92,7 @@ class BatchRun(PipelineRun):
             self._pending = (index, row, "both" if half is None else "cond")
         if row is None or half is None:
             self.nfe += self.record.branches
+            self.coarse.append(index)
             finish = untouched if row is None else partial(self._both, index, row)
             return args, kwargs, finish
         self.nfe += 1
@@ -111,10 +114,11 @@ class BatchRun(PipelineRun):
         if layout is None or not is_guided(self.pipe, self.record, self.arguments):
             return call
         rows, index = len(named[layout.sample]), self.calls
-        rows = self._companion_rows.setdefault(id(module), rows)
+        # Of a row with all branches, whatever this one has.
+        first_rows = self._companion_rows.setdefault(id(module), rows)
         if self.plan is None or self._is_full or index >= len(self._rows):
             return call
-        if rows % self._width:
+        if first_rows % self._width:
             return call  # in its guess mode it is called for the conditional branch as it is
         row = self._rows[index]
         if row.evaluates_both or self._is_short(index, row) or self.fallbacks:
@@ -235,6 +239,10 @@ class BatchRun(PipelineRun):
     def _conditional(self, index: int, row: GuidanceRow, output: Any) -> Any:
         """The conditional output beside the reconstructed others."""
         cond = sample_of(output, self._layout)
+        if len(cond) * self.record.branches != self._width:
+            kind, rows = type(self.modules[0]).__name__, self._width // self.record.branches
+            message = f"{kind} gave {len(cond)} rows of a conditional branch of {rows}"
+            raise ThgError(f"{message}; its ArgumentLayout misses an argument with the batch.")
         fused = self.fused if self._guides else None
         delta = None if fused is not None else self._held.held(row, self._beside(cond))
         if delta is not None and not (self._defers and may_wait(output, self._layout)):

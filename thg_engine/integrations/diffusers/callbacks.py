@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from . import hook
 from .fingerprint import adapter_state
@@ -93,12 +94,17 @@ def _mark(value: Any) -> Any:
     Edits that bypass the version (``tensor.data``, a numpy view) go unseen, as they do to autograd:
     what is held stays held. The sample itself counts as it is, however it was edited.
     """
-    if not isinstance(value, Tensor):
-        return None
-    return value.clone() if value.is_inference() else value._version
+    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return [(leaf, leaf.clone() if leaf.is_inference() else leaf._version) for leaf in leaves]
 
 
 def _edited(value: Any, mark: Any) -> bool:
-    if not isinstance(value, Tensor):
-        return False
-    return not torch.equal(value, mark) if isinstance(mark, Tensor) else value._version != mark
+    leaves = [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    if len(leaves) != len(mark):
+        return True
+    for leaf, (before, seen) in zip(leaves, mark, strict=True):
+        if leaf is not before:
+            return True
+        if not torch.equal(leaf, seen) if isinstance(seen, Tensor) else leaf._version != seen:
+            return True
+    return False

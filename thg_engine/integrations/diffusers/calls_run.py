@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from thg_kernels.step_update import BranchRows
 
@@ -24,7 +25,7 @@ from .deferred import BranchSum, Family
 from .fused import Outputs
 from .graphed import CallGraphs
 from .outputs import may_wait, sample_of, with_sample
-from .run import Call, PipelineRun, by_name, embeds_of, untouched
+from .run import Call, PipelineRun, by_name, untouched
 
 PLAIN = ArgumentLayout("hidden_states", ())
 """Of an output that is one tensor."""
@@ -40,6 +41,9 @@ class CallsRun(PipelineRun):
         super().__init__(*args, **kwargs)
         self._is_open = False
         self._expert = 0
+        self._named: Mapping[str, Any] = {}
+        self._conditioning: tuple[str, ...] = ()
+        self._uncond_objects: tuple[int, ...] = ()
         self._output: Any = None
         self._token: Any = None
         self._family: Family | None = None
@@ -51,13 +55,14 @@ class CallsRun(PipelineRun):
         super().finish()
         self._output = self._token = self._family = None
         self._answer = self._call = None
+        self._named = {}
 
     def prepare(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """See `PipelineRun.prepare`."""
         named = by_name(module, args, kwargs)
         index = next(i for i, mine in enumerate(self.modules) if mine is module)
-        embeds = embeds_of(named)
-        if embeds is not None and not embeds.numel():
+        text = named.get("encoder_hidden_states")
+        if isinstance(text, Tensor) and not text.numel():
             # A picture alone, ahead of the loop: it belongs to no branch.
             self._answer = self._call = None
             self.nfe, self.extras = self.nfe + 1, self.extras + 1
@@ -98,8 +103,9 @@ class CallsRun(PipelineRun):
         """Whether the call in progress is the unconditional one of a row that has begun."""
         if not self._is_open:
             return False
-        embeds, known = embeds_of(named), self._embeds.get("cond")
-        if known is None or embeds is not known[0]:
+        names = self._conditioning or _differing(self._named, named)
+        if names and _objects(names, named) != _objects(names, self._named):
+            self._conditioning = names
             return True
         # The same branch again, and no step between them: a loop that steps by other means.
         self.end_row()
@@ -107,16 +113,14 @@ class CallsRun(PipelineRun):
 
     def _first(self, expert: int, named: Mapping[str, Any]) -> Callable[[Any], Any]:
         """Begin a row with its conditional call."""
-        uncond = self._embeds.get("uncond")
-        if uncond is not None and embeds_of(named) is uncond[0]:
+        if self._conditioning and _objects(self._conditioning, named) == self._uncond_objects:
             self._fall_back(OUT_OF_TURN)
         index, self.calls, self._source = self.calls, self.calls + 1, None
         self.nfe += 1
-        self._is_open = True
+        self._is_open, self._named = True, named
         if expert != self._expert:
             self.invalidate()
             self._expert = expert
-        self._watch_embeds("cond", named)
         return partial(self._cond, index)
 
     def _cond(self, index: int, output: Any) -> Any:
@@ -135,11 +139,10 @@ class CallsRun(PipelineRun):
     def _second(self, named: Mapping[str, Any]) -> Callable[[Any], Any]:
         """The unconditional call: run, or answered with what is held."""
         self._plan()
-        index = self.calls - 1
-        if "uncond" not in self._embeds:
-            # Guidance begins here: nothing is held that could be stale.
-            self.invalidate()
-        self._watch_embeds("uncond", named)
+        index, names = self.calls - 1, self._conditioning
+        self._uncond_objects = _objects(names, named)
+        for branch, given in (("cond", self._named), ("uncond", named)):
+            self._watch(branch, {name: given.get(name) for name in names})
         row = None if OUT_OF_TURN in self.fallbacks else self._row(index)
         if row is not None and not row.evaluates_both:
             if not self._is_short(index, row):
@@ -147,6 +150,7 @@ class CallsRun(PipelineRun):
                 return untouched
             self.refreshes += 1
         self.nfe += 1
+        self.coarse.append(index)
         return untouched if row is None else partial(self._uncond, index, row)
 
     def _uncond(self, index: int, row: GuidanceRow, output: Any) -> Any:
@@ -186,6 +190,25 @@ class CallsRun(PipelineRun):
 
     def _deferred(self, like: Tensor, make: Callable[[], Tensor]) -> BranchSum:
         return BranchSum(like.shape, like, self._token, (1.0, 0.0), 1, make, self._family)
+
+
+def _differing(cond: Mapping[str, Any], uncond: Mapping[str, Any]) -> tuple[str, ...]:
+    """Arguments that tell the branches apart: their conditioning."""
+    return tuple(name for name, value in uncond.items() if not _alike(value, cond.get(name)))
+
+
+def _alike(one: Any, other: Any) -> bool:
+    pairs = pytree.tree_leaves(one), pytree.tree_leaves(other)
+    tensors = [[leaf for leaf in leaves if isinstance(leaf, Tensor)] for leaves in pairs]
+    return len(tensors[0]) == len(tensors[1]) and all(
+        a is b or (a.shape == b.shape and torch.equal(a, b)) for a, b in zip(*tensors, strict=True)
+    )
+
+
+def _objects(names: tuple[str, ...], named: Mapping[str, Any]) -> tuple[int, ...]:
+    """Which tensors are given under these names; they live as long as the run refers to them."""
+    leaves = pytree.tree_leaves([named.get(name) for name in names])
+    return tuple(id(leaf) for leaf in leaves if isinstance(leaf, Tensor))
 
 
 def _less(cond: Tensor, delta: Tensor) -> Tensor:

@@ -29,11 +29,10 @@ from .guided_controller import GuidedController
 from .networks import Networks
 from .reasons import reason_for
 from .records import RECORDS
+from .report import KILL_SWITCH
 from .resolve import load_calibration, resolve_guidance
 from .settings import Settings
 from .tuning import check_tuning
-
-KILL_SWITCH = "THG_DISABLE"
 
 
 class CompiledPipeline:
@@ -111,22 +110,26 @@ def _check(pipe: Any, **switches: bool | None) -> None:
 
 
 def compile_with(pipe: Any, settings: Settings) -> Any:
-    """`compile` from settings; a compiled pipeline gets the new ones."""
+    """`compile` from settings; a compiled pipeline gets the new ones.
+
+    Raises:
+        InvalidArgument, CalibrationError: see `compile`.
+    """
     base: Any = _base_class(pipe)
     record = find_record(base)
     networks = Networks() if record is None else Networks.of(pipe, record)
     if record is not None and not networks.why_not(pipe, record):
         controller = Controller(settings, record, networks, pipe=pipe)
-        uncompile(pipe)
-        controller.tune()
+        with _as_before(pipe):
+            controller.tune()
         controller.attach()
         return _under(pipe, controller)
     module = denoiser_of_guided(pipe) or torch.nn.Module()
     method, notes = resolve_guidance(settings.guidance, settings.calibration, settings.nfe, module)
-    uncompile(pipe)
-    swap = swap_guider(pipe, method, notes)
-    if isinstance(swap, GuiderSwap):
-        return _under(pipe, GuidedController(settings, swap, pipe))
+    with _as_before(pipe):
+        swap = swap_guider(pipe, method, notes)
+        if isinstance(swap, GuiderSwap):
+            return _under(pipe, GuidedController(settings, swap, pipe))
     reason = swap
     if record is not None:
         reason = networks.why_not(pipe, record)
@@ -135,6 +138,19 @@ def compile_with(pipe: Any, settings: Settings) -> Any:
     warnings.warn(f"thg_engine leaves this pipeline as it is: {reason}.", stacklevel=4)
     vars(pipe)["thg"] = Controller(settings, None, Networks(), reason)
     return pipe
+
+
+@contextmanager
+def _as_before(pipe: Any) -> Iterator[None]:
+    """The plain pipeline; compiled again as it was if the block raises."""
+    before = vars(pipe).get("thg") if isinstance(pipe, CompiledPipeline) else None
+    uncompile(pipe)
+    try:
+        yield
+    except BaseException:
+        if before is not None:
+            compile_with(pipe, before.settings)
+        raise
 
 
 def _why_unknown(base: type[Any]) -> str:

@@ -17,7 +17,7 @@ from thg_kernels.step_update import choose_backend
 
 from ...errors import InvalidArgument, ThgError
 from ...graph_cache import GraphCache
-from ...guidance import CFG, Guidance, GuidanceRow
+from ...guidance import CFG, FRESH, Guidance, GuidanceRow
 from ...lowering import guidance_rows, plan_from_timesteps
 from ...plan import SamplingPlan
 from ...schedule import model_timesteps
@@ -31,7 +31,8 @@ from .calls_run import CallsRun
 from .fingerprint import processors
 from .graphed import CallGraphs, RunGraphs
 from .networks import Networks
-from .planning import ChosenRows, FusedPlan, fused_plan, noise_levels
+from .planning import ChosenRows, FusedPlan, fused_plan, in_branches, noise_levels
+from .report import call_lines, plan_lines, switch_lines, tuning_lines
 from .resolve import resolve_guidance
 from .run import PipelineRun
 from .settings import Settings
@@ -86,6 +87,10 @@ class Controller:
             settings.guidance, settings.calibration, settings.nfe, self.networks.module
         )
 
+    def __reduce__(self) -> Any:
+        """Of a pipeline that is left alone; compiled ones make their copies' controllers anew."""
+        return Controller, (self.settings, None, Networks(), self.inactive)
+
     @property
     def plan(self) -> SamplingPlan | None:
         """Plan of the last call (None if guidance was off).
@@ -119,6 +124,9 @@ class Controller:
         """
         if self.guidance is None:
             raise ThgError(f"there is no plan: {self.inactive}.")
+        if not hasattr(scheduler, "set_timesteps"):
+            remedy = "give a scheduler, e.g. pipe.scheduler."
+            raise InvalidArgument("scheduler", type(scheduler).__name__, remedy)
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             remedy = "give a whole number of steps, at least one."
             raise InvalidArgument("num_inference_steps", num_inference_steps, remedy)
@@ -155,13 +163,10 @@ class Controller:
             return f"thg_engine: not active, {self.inactive}."
         method = "none" if self.guidance is None else self.guidance.name
         lines = [f"thg_engine: guidance {method}", *(f"  {note}" for note in self.notes)]
-        lines += self._last_lines()
-        lines += [
-            "  guidance hook: on; one state for tortoise and hare (exact for first-order solvers)",
-            self._step_line(),
-            self._graph_line(),
-            *self._tuning_lines(),
-        ]
+        run, record = self._last, self.record
+        lines += plan_lines(self.plan) if run is None or record is None else call_lines(run, record)
+        lines += ["  guidance hook: on", self._step_line(), self._graph_line()]
+        lines += [*tuning_lines(self.settings), *switch_lines()]
         fallbacks = self.stats()["fallbacks"]
         lines += [f"  full guidance in {n} call(s): {why}" for why, n in fallbacks.items()]
         return "\n".join(lines)
@@ -171,17 +176,13 @@ class Controller:
         run = self._last
         if self.settings.fused is False:
             return "  fused step: off, as asked for"
-        if run is None or run.plan is None:
+        if run is None:
             return "  fused step: on where the scheduler's step is linear"
+        if run.plan is None:
+            return "  fused step: off; guidance was off"
         if run.unfused:
             return f"  fused step: off; {run.unfused}"
         return f"  fused step: {run.fused_steps} row(s) on the {run.backend} backend"
-
-    def _tuning_lines(self) -> list[str]:
-        """What has been changed of the denoiser."""
-        settings = self.settings
-        lines = ["  denoiser: repeated blocks compiled"] if settings.denoiser else []
-        return [*lines, f"  attention: {settings.attention}"] if settings.attention else lines
 
     def _graph_line(self) -> str:
         """What is replayed."""
@@ -195,31 +196,6 @@ class Controller:
         size = f"{found['pool_bytes'] / 2**20:.0f} MiB"
         line = f"  graphs: {found['captures']} captured, {calls}, {size}"
         return f"{line}; not in every run: {reasons}" if reasons else line
-
-    def _last_lines(self) -> list[str]:
-        """The last call in the report."""
-        run = self._last
-        if run is None:
-            if self.plan is None:
-                return ["  no call yet; thg.preview(scheduler, num_inference_steps) shows a plan"]
-            return ["  no call yet; print(pipe.thg.plan.explain()) shows the plan of 50 steps"]
-        if run.plan is None:
-            off = "guidance was off (a scale of 1 or less, or no negative prompt)"
-            return [f"  last call: NFE {run.nfe}, {off}"]
-        plan = run.plan
-        grid = ", ".join(map(str, plan.coarse_grid))
-        share = f"NFE {run.nfe} of {2 * plan.num_rows}"
-        lines = [f"  last call: {share} on {plan.solver}, w = {plan.guidance_scale:g}"]
-        lines.append(f"  both branches at rows {grid}")
-        if run.refreshes:
-            lines.append(
-                f"  {run.refreshes} row(s) refreshed: an edit had made the held delta stale"
-            )
-        if plan.nfe == 2 * plan.num_rows and plan.method != "cfg":
-            lines.append("  nothing saved: this grid or budget has both branches at every row")
-        if run.calls < plan.num_rows:
-            lines.append(f"  ended after {run.calls} of {plan.num_rows} rows")
-        return [*lines, *(f"  {note}" for note in plan.notes)]
 
     def call(
         self, original: Callable[..., Any], pipe: Any, args: Arguments, kwargs: dict[str, Any]
@@ -245,7 +221,8 @@ class Controller:
         try:
             with stepping(pipe.scheduler) if steps else nullcontext():
                 yield run
-        except BaseException:
+        except BaseException as error:
+            run.error = type(error).__name__
             with self._lock:
                 self._counts["failed_runs"] += 1
             raise
@@ -385,7 +362,12 @@ class Controller:
         # img2img and inpainting run the last rows only.
         timesteps = [float(t) for t in model_timesteps(scheduler)][-num_rows:]
         lambdas, notes = noise_levels(scheduler, num_rows)
+        branches = 2 if self.record is None else self.record.branches
+        guidance, more = in_branches(guidance, num_rows, branches)
+        notes = (*notes, *more)
         rows = guidance_rows(guidance, lambdas, guidance_scale)
+        if isinstance(guidance, CFG):  # whatever the scale: its images are the plain pipeline's
+            rows = (FRESH,) * num_rows
         name = type(scheduler).__name__
         plan = plan_from_timesteps(timesteps, lambdas, guidance, guidance_scale, name, notes)
         return rows, plan

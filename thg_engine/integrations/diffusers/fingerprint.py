@@ -18,8 +18,10 @@ ADAPTER_STATE = ("scale", "scaling", "_active_adapter", "_disable_adapters", "me
 def adapter_state(pipe: Any, modules: Sequence[torch.nn.Module]) -> list[Any]:
     """How strongly adapters act, as something to compare; one read of the device with LoRA."""
     weights: list[Tensor] = []
-    extra = getattr(pipe, "_cross_attention_kwargs", None) or {}
-    state: list[Any] = [(name, _plain(value)) for name, value in extra.items()]
+    state: list[Any] = []
+    for name in ("_cross_attention_kwargs", "_joint_attention_kwargs", "_attention_kwargs"):
+        extra = getattr(pipe, name, None) or {}
+        state += [(key, _plain(value)) for key, value in extra.items()]
     for part in itertools.chain.from_iterable(module.modules() for module in modules):
         own = vars(part)
         state += [_plain(own[name]) for name in ADAPTER_STATE if name in own]
@@ -29,6 +31,7 @@ def adapter_state(pipe: Any, modules: Sequence[torch.nn.Module]) -> list[Any]:
             weights += [weight for weight in added if weight.device.type != "meta"]
     if weights:  # of LoRA layers, which may be swapped past the version of the tensors
         state.append(float(torch.nn.utils.get_total_norm(weights)))
+        state += [weight.data_ptr() for weight in weights]
     return state
 
 

@@ -76,6 +76,10 @@ class DenoiserBuffers:
                 into.copy_(value, non_blocking=True)
                 self._loaded[k] = value, version
 
+    def forget(self) -> None:
+        """Let go of the caller's tensors at the end of a run."""
+        self._loaded.clear()
+
     def steps(self) -> Mapping[str, Step]:
         """What to capture: each returns the denoiser's output."""
         steps: dict[str, Step] = {"both": lambda: self._run("both", self.named)}
@@ -240,6 +244,7 @@ class RunGraphs:
         """Let other runs have the graphs."""
         for lease in self._leases.values():
             if isinstance(lease, Lease):
+                lease.buffers.forget()
                 lease.release()
         self._leases.clear()
         self._forward, self._named, self._first = None, {}, {}

@@ -15,6 +15,7 @@ from ...plan import SamplingPlan
 from ...schedule import model_timesteps
 from .guider import TortoiseHareGuidance
 from .guider_plan import Window, find_levels, plan_run
+from .report import branches_line
 
 DENOISERS = ("transformer", "unet", "dit", "prior", "decoder")
 OPTIONS = ("guidance_scale", "guidance_rescale", "use_original_formulation")
@@ -113,14 +114,14 @@ class GuiderSwap:
     def report_lines(self) -> list[str]:
         """Lines for the report."""
         names = ", ".join(self.guiders)
-        lines = [f"  guider: {names} replaced; one state for tortoise and hare"]
+        lines = [f"  guider: {names} replaced"]
         lines += [f"  {name} left alone: {why}" for name, why in self.left.items()]
         plan = self.plan
         if plan is None:
             return [*lines, "  no call yet"]
-        grid = ", ".join(map(str, plan.coarse_grid))
-        lines.append(f"  last call: NFE {self.nfe} of {2 * plan.num_rows} on {plan.solver}")
-        return [*lines, f"  both branches at rows {grid}", *(f"  {note}" for note in plan.notes)]
+        share = f"NFE {self.nfe} of {2 * plan.num_rows} on {plan.solver}"
+        lines.append(f"  last call: {share}, w = {plan.guidance_scale:g}")
+        return [*lines, branches_line(plan.coarse_grid), *(f"  {note}" for note in plan.notes)]
 
     def undo(self, pipe: Any) -> None:
         """The original objects again; a guider that the user has put in since stays."""
@@ -161,7 +162,7 @@ def denoiser_of_guided(pipe: Any) -> torch.nn.Module | None:
 def why_not(guider: Any) -> str:
     """Why a guider stays as it is; "" where ours can take its place."""
     if guider is None:
-        return "it has no guider: a distilled model"
+        return "it is not set, as in a distilled model"
     if type(guider) in (ClassifierFreeGuidance, TortoiseHareGuidance):
         return ""
     name = type(guider).__name__

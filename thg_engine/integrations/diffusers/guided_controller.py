@@ -11,6 +11,7 @@ from ...guidance import Guidance
 from ...plan import SamplingPlan
 from .guided import GuiderSwap, denoiser_of_guided, swap_guider
 from .guider import TortoiseHareGuidance
+from .report import switch_lines, tuning_lines
 from .settings import Settings
 from .tuning import Undo, tune
 from .twins import Twins
@@ -44,7 +45,11 @@ class GuidedController:
         module = denoiser_of_guided(pipe)
         self._undo: Undo | None = None
         if module is not None:
-            self._undo = tune(module, settings.denoiser, settings.attention)
+            try:
+                self._undo = tune(module, settings.denoiser, settings.attention)
+            except BaseException:
+                swap.undo(pipe)
+                raise
 
     @property
     def plan(self) -> SamplingPlan | None:
@@ -82,7 +87,8 @@ class GuidedController:
         lines = [f"thg_engine: guidance {self.guidance.name}"]
         lines += [f"  {note}" for note in self.notes]
         lines += self.swap.report_lines()
-        return "\n".join([*lines, "  fused step: off; the guider's loop steps by itself"])
+        lines += ["  fused step and graphs: none; the guider's loop steps by itself"]
+        return "\n".join([*lines, *tuning_lines(self.settings), *switch_lines()])
 
     @contextmanager
     def apart(self, pipe: Any) -> Iterator[Any]:

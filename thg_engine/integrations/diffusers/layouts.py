@@ -69,9 +69,10 @@ LAYOUTS: dict[str, ArgumentLayout] = {
         "sample",
         ("timestep_ratio", "clip_text_pooled", "clip_text", "clip_img", "effnet", "pixels"),
         ("sca", "crp"),
+        moving=("timestep_ratio",),
     ),
-    "WuerstchenPrior": ArgumentLayout("x", ("r", "c"), ()),
-    "WuerstchenDiffNeXt": ArgumentLayout("x", ("r", "effnet", "clip"), ()),
+    "WuerstchenPrior": ArgumentLayout("x", ("r", "c"), (), moving=("r",)),
+    "WuerstchenDiffNeXt": ArgumentLayout("x", ("r", "effnet", "clip"), (), moving=("r",)),
     "PriorTransformer": ArgumentLayout(
         "hidden_states", ("proj_embedding", "encoder_hidden_states", "attention_mask")
     ),
@@ -234,6 +235,7 @@ LAYOUTS: dict[str, ArgumentLayout] = {
             *("video_coords", "audio_coords", "perturbation_mask"),
         ),
         outputs=2,
+        moving=("audio_hidden_states",),
         extras=("isolate_modalities", "spatio_temporal_guidance_blocks"),
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +56,9 @@ class Networks:
             return f"this {type(pipe).__name__} has no denoiser in .{record.denoiser}"
         if not record.calls and find_layout(self.module) is None:
             return f"the arguments of its {type(self.module).__name__} are not known"
+        call = inspect.signature(type(pipe).__call__).parameters
+        if not hasattr(type(pipe), record.scale) and record.scale not in call:
+            return f"{type(pipe).__name__} has neither property nor argument {record.scale!r}"
         return ""
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
 import torch
 
 from ...errors import InvalidArgument, UntraceableScheduler
-from ...guidance import GuidanceRow
+from ...guidance import THG, Guidance, GuidanceRow, resolve_nfe
 from ...lowering import plan_from_table
 from ...plan import SamplingPlan
 from ...schedule import grid_points, model_timesteps
@@ -97,6 +97,26 @@ def fused_plan(
 def _lowered(table: SolverTable, guidance: ChosenRows, guidance_scale: float) -> SamplingPlan:
     """Tables and rows repeat from call to call, and so does the plan."""
     return plan_from_table(table, guidance, guidance_scale)
+
+
+def in_branches(
+    guidance: Guidance, num_rows: int, branches: int
+) -> tuple[Guidance, tuple[str, ...]]:
+    """``guidance`` with its budget told in the rows of two branches that plans are made of.
+
+    A row with all of ``branches`` costs that many evaluations, where a plan's row costs two.
+    """
+    budget = guidance.nfe if isinstance(guidance, THG) else None
+    if branches == 2:
+        return guidance, ()
+    note = f"{branches} branches: the plan's rows are counted as of two, the call as it is"
+    if budget is None or not isinstance(guidance, THG):
+        return guidance, (note,)
+    resolve_nfe(budget, num_rows)  # refuses what is no budget
+    whole = branches * num_rows
+    total = budget if isinstance(budget, int) else round(budget * whole)
+    coarse = max((min(total, whole) - num_rows) // (branches - 1), 1)
+    return replace(guidance, nfe=num_rows + coarse), (note,)
 
 
 def noise_levels(scheduler: Any, num_rows: int) -> tuple[Sequence[float], tuple[str, ...]]:

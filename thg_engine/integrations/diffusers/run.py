@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ...guidance import GuidanceRow
 from ...plan import SamplingPlan
@@ -34,11 +35,6 @@ from .planning import FusedPlan
 Rows = tuple[GuidanceRow, ...]
 Call = tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]
 """What the denoiser is called with, and what becomes of its output."""
-CONDITIONING = (
-    *("encoder_hidden_states", "cap_feats", "text_bth", "proj_embedding", "class_labels"),
-    *("context", "c", "clip", "clip_text"),
-)
-"""Names of the conditioning among the arguments of denoisers, the text first."""
 NOT_YET = "no step has been taken"
 
 
@@ -60,6 +56,8 @@ class PipelineRun:
         nfe: denoiser evaluations per sample so far, further calls included.
         extras: further calls, for guidance of another kind.
         calls: rows so far.
+        coarse: those of them that evaluated all branches.
+        error: what ended the call, "" where nothing did.
         refreshes: rows that evaluated both branches although the plan holds a delta there.
         fallbacks: reasons for which rows ran full guidance against the plan.
         fused: the fused step, once the first step has been taken by it.
@@ -84,13 +82,15 @@ class PipelineRun:
         self.plan: SamplingPlan | None = None
         self.nfe = self.calls = self.extras = self.refreshes = self.fused_steps = 0
         self.fallbacks: list[str] = []
+        self.coarse: list[int] = []
+        self.error = ""
         self.fused: FusedStep | None = None
         self.backend = ""
         self.unfused = NOT_YET if make_fused is not None else "turned off"
         self._rows: Rows = ()
         self._is_full = self._refused = False
         self._held = HeldGuidance()
-        self._embeds: dict[str, tuple[Tensor, int]] = {}
+        self._seen: dict[Any, tuple[Tensor, int]] = {}
         self._source: Outputs | None = None
         self.watched = False
         self.graphs = graphs
@@ -108,9 +108,9 @@ class PipelineRun:
     def finish(self) -> None:
         """Let go of pipeline and tensors: a controller keeps the run for its report."""
         self.invalidate()
-        self._embeds.clear()
+        self._seen.clear()
         self.pipe = self._make_plan = self._make_fused = self.fused = self._source = None
-        self.modules = ()
+        self.modules, self.arguments = (), {}
         if self.graphs is not None:
             self.graphs.release()
 
@@ -208,34 +208,29 @@ class PipelineRun:
         self._refused = True
         self._fall_back(reason)
 
-    def _watch_embeds(self, branch: str, named: Mapping[str, Any]) -> None:
-        """Drop held deltas when a branch's embeddings have been swapped or edited between rows."""
-        embeds = embeds_of(named)
-        if embeds is None:
-            return
+    def _watch(self, branch: str, conditioning: Mapping[str, Any]) -> None:
+        """Drop held deltas when what a branch is conditioned on was swapped or edited meanwhile."""
+        for name, value in enumerate(pytree.tree_leaves(dict(conditioning))):
+            if isinstance(value, Tensor) and self._is_new((branch, name), value):
+                self.invalidate()
+
+    def _is_new(self, key: Any, value: Tensor) -> bool:
+        """Whether a tensor has other values than at the same place in the row before."""
         # Tensors of inference mode keep no version: there only a swap is seen, not an edit in
         # place.
-        version = 0 if embeds.is_inference() else embeds._version
-        before, seen = self._embeds.get(branch, (embeds, version))
-        same = version == seen
-        if embeds is not before:  # some pipelines convert them anew in every step
-            same = embeds.shape == before.shape and torch.equal(embeds, before)
-        if not same:
-            self.invalidate()
-        self._embeds[branch] = (embeds, version)
+        version = 0 if value.is_inference() else value._version
+        before, seen = self._seen.get(key, (value, version))
+        self._seen[key] = (value, version)
+        if value is before:
+            return version != seen
+        # Some pipelines make them anew in every step.
+        return value.shape != before.shape or not torch.equal(value, before)
 
     def _fall_back(self, reason: str) -> None:
         """Full guidance in this row, and nothing held beyond it."""
         self.invalidate()
         if reason not in self.fallbacks:
             self.fallbacks.append(reason)
-
-
-def embeds_of(named: Mapping[str, Any]) -> Tensor | None:
-    """The conditioning of a denoiser, under the first of its usual names; None: not known."""
-    found = [named.get(name) for name in CONDITIONING]
-    firsts = (value[0] if isinstance(value, list) and value else value for value in found)
-    return next((value for value in firsts if isinstance(value, Tensor)), None)
 
 
 def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def slice_half(
     sliced = {}
     for argument, value in named.items():
         if argument in layout.lists:
-            sliced[argument] = _half_of_list(argument, value, full, cond_half)
+            sliced[argument] = _part_of_list(argument, value, full, cond_half, branches)
         elif argument in (layout.sample, *layout.batched, *layout.unbatched):
             sliced[argument] = pytree.tree_map(lambda leaf, a=argument: half(a, leaf), value)
         elif argument not in layout.shared and _holds_tensors(value):
@@ -69,13 +69,13 @@ def slice_half(
     return sliced
 
 
-def _half_of_list(argument: str, value: Any, full: int, cond_half: int) -> Any:
+def _part_of_list(argument: str, value: Any, full: int, cond_half: int, branches: int) -> Any:
     if value is None:
         return None
     if len(value) != full:
         raise CannotSlice(f"{argument} has {len(value)} items, its batch is not {full}")
-    middle = full // 2
-    return value[middle:] if cond_half else value[:middle]
+    rows = full // branches
+    return value[cond_half * rows : (cond_half + 1) * rows]
 
 
 def _holds_tensors(value: Any) -> bool:

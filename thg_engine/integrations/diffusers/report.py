@@ -1,0 +1,65 @@
+"""Sentences of ``pipe.thg.report()``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from ...plan import SamplingPlan
+from .adapter_types import AdapterRecord
+from .run import PipelineRun
+from .settings import Settings
+
+KILL_SWITCH = "THG_DISABLE"
+
+
+def switch_lines() -> list[str]:
+    """Whether calls are the plain pipeline's at the moment."""
+    off = os.environ.get(KILL_SWITCH) == "1"
+    return [f"  {KILL_SWITCH}=1: calls run the plain pipeline until it is unset"] if off else []
+
+
+def tuning_lines(settings: Settings) -> list[str]:
+    """What has been changed of the denoiser."""
+    lines = ["  denoiser: repeated blocks compiled"] if settings.denoiser else []
+    return [*lines, f"  attention: {settings.attention}"] if settings.attention else lines
+
+
+def call_lines(run: PipelineRun, record: AdapterRecord) -> list[str]:
+    """The last call: its cost, where it ran all branches, and what did not go as planned."""
+    plan = run.plan
+    if run.error and not run.calls:
+        return [f"  last call: raised {run.error} before its first step"]
+    if plan is None:
+        off = f"guidance was off ({record.scale} of 1 or less, or no negative prompt)"
+        return [f"  last call: NFE {run.nfe}, one branch: {off}"]
+    whole = record.branches * plan.num_rows + run.extras
+    lines = [
+        f"  last call: NFE {run.nfe} of {whole} on {plan.solver}, w = {plan.guidance_scale:g}",
+        branches_line(run.coarse, record.branches),
+    ]
+    if run.extras:
+        lines.append(f"  {run.extras} further call(s), for guidance of another kind or a picture")
+    if run.refreshes:
+        lines.append(f"  {run.refreshes} row(s) refreshed: an edit had made the held delta stale")
+    if plan.nfe == 2 * plan.num_rows and plan.method != "cfg":
+        lines.append("  nothing saved: this grid or budget has both branches at every row")
+    if run.error or run.calls < plan.num_rows:
+        why = f": {run.error}" if run.error else ""
+        lines.append(f"  ended after {run.calls} of {plan.num_rows} rows{why}")
+    if any(row.delta_weights and not row.evaluates_both for row in plan.rows):
+        lines.append("  one state for tortoise and hare: exact where the solver has no history")
+    return [*lines, *(f"  {note}" for note in plan.notes)]
+
+
+def branches_line(rows: Sequence[int], branches: int = 2) -> str:
+    """Where all branches were evaluated."""
+    each = "both branches" if branches == 2 else f"all {branches} branches"
+    return f"  {each} at rows {', '.join(map(str, rows))}" if rows else f"  {each} at no row"
+
+
+def plan_lines(plan: SamplingPlan | None) -> list[str]:
+    """Before the first call."""
+    if plan is None:
+        return ["  no call yet; thg.preview(scheduler, num_inference_steps) shows a plan"]
+    return ["  no call yet; print(pipe.thg.plan.explain()) shows the plan of 50 steps"]
