@@ -10,12 +10,14 @@ import pytest
 import torch
 import transformers
 
+import thg_engine
+from thg_engine import THG
 from thg_engine.demo import load_pipeline
 from thg_engine.demo.pipeline_loader import FLOW_DIR, FOLDERS
 from thg_engine.errors import InvalidArgument, MissingWeights, ThgError
 from training import card, data, evaluate, export, train_flow
 from training.captions import strata
-from training.flow_model import FlowModel
+from training.flow_model import FlowModel, build_scheduler
 from training.tokenizer import build_tokenizer
 
 CALL = {"num_inference_steps": 2, "max_sequence_length": 1, "output_type": "pt"}
@@ -108,6 +110,22 @@ def test_calls(pipe: diffusers.StableDiffusion3Pipeline) -> None:
     assert torch.equal(latent, call("a red bag", output_type="latent", negative_prompt=""))
 
 
+def test_guidance_methods(pipe: diffusers.StableDiffusion3Pipeline) -> None:
+    def call() -> torch.Tensor:
+        given = {**CALL, "num_inference_steps": 8, "output_type": "latent"}
+        return pipe("a red bag", generator=torch.Generator().manual_seed(0), **given).images
+
+    stock = call()
+    try:
+        thg_engine.compile(pipe, "cfg")
+        assert torch.equal(call(), stock)
+        thg_engine.compile(pipe, THG(grid=2))
+        assert call().isfinite().all()
+        assert pipe.thg.stats()["last_nfe"] == pipe.thg.plan.nfe < 16
+    finally:
+        thg_engine.uncompile(pipe)
+
+
 def test_half_precision(exported: Path) -> None:
     pipe = load_pipeline("flow", torch.float16, exported)
     assert {part.dtype for part in (pipe.transformer, pipe.vae, pipe.text_encoder)} == {
@@ -164,20 +182,13 @@ def test_velocity_is_the_schedulers(runs: Path) -> None:
     assert source.data["latents"].mean().abs() < 1e-5
     assert source.shift_factor == pytest.approx(-0.5, abs=0.1)
     assert ((zero_tokens >= 1) & (zero_tokens <= 256)).all()
-    scheduler = train_flow_scheduler(5)
+    scheduler = build_scheduler()
+    scheduler.set_timesteps(5)
+    assert scheduler.timesteps[0] == 1000 and scheduler.sigmas[0] == 1
     sample = noise
     for t in scheduler.timesteps:
         sample = scheduler.step(velocity, t, sample, return_dict=False)[0]
     torch.testing.assert_close(sample, x_0, rtol=1e-4, atol=1e-4)
-
-
-def train_flow_scheduler(steps: int) -> diffusers.FlowMatchEulerDiscreteScheduler:
-    from training.flow_model import build_scheduler
-
-    scheduler = build_scheduler()
-    scheduler.set_timesteps(steps)
-    assert scheduler.timesteps[0] == 1000 and scheduler.sigmas[0] == 1
-    return scheduler
 
 
 def test_noise_levels() -> None:

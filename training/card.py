@@ -53,7 +53,8 @@ def measured(result: dict[str, Any]) -> str:
     lines = [
         f"`{result['scheduler']}` with shift {result['shift']:g}, {result['steps']} steps,",
         f"`max_sequence_length={result['t5_tokens']}`, {result['samples']} samples at each",
-        'guidance scale w, "a photo of a COLOUR GARMENT" over all 80 pairs, the same latents at each w.',
+        'guidance scale w, "a photo of a COLOUR GARMENT" over all 80 pairs, the same latents at',
+        "each w.",
         "Accuracy: the judge, `thg_engine.demo.load_classifier()`, agrees with the prompt. Frechet",
         f"distance: in the judge's 64 features, to {result['samples']} test images with the same",
         f"labels. Seconds: for all samples on {result['machine']}.",

@@ -162,7 +162,7 @@ def machine(threads: int) -> str:
         lines = info.read_text(encoding="utf-8").splitlines()
         names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
         processor = names[0] if names else processor
-    parts = [platform.machine(), processor, f"{threads} threads"]
+    parts = [platform.machine(), processor, f"{threads} thread{'s' * (threads != 1)}"]
     return ", ".join(part for part in parts if part)
 
 
