@@ -191,6 +191,23 @@ def test_velocity_is_the_schedulers(runs: Path) -> None:
     torch.testing.assert_close(sample, x_0, rtol=1e-4, atol=1e-4)
 
 
+def test_latents_come_from_the_box(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(2)
+    grey = torch.randint(256, (20, 32, 32), generator=generator, dtype=torch.uint8)
+    garments = data.Garments(grey, torch.arange(20) % 10, torch.arange(20) % 3)
+    monkeypatch.setattr(data, "load", lambda folder, split: garments)
+    given = flags(tmp_path / "new")
+    train_flow.ensure_latents(given)
+    source = train_flow.FlowLatents(given, build_tokenizer(data.vocabulary()))
+    latents = source.data["latents"]
+    assert latents.shape == (40, 4, 8, 8) and latents.dtype == torch.float32
+    assert latents.std().item() == pytest.approx(1, abs=1e-3)
+    saved = given.out / "latents.pt"
+    before = saved.stat().st_mtime_ns
+    train_flow.ensure_latents(given)  # they are there: kept
+    assert saved.stat().st_mtime_ns == before
+
+
 def test_noise_levels() -> None:
     levels = train_flow.noise_levels(8000, torch.Generator().manual_seed(0))
     uniform, rest = levels[::8], torch.cat([levels[k::8] for k in range(1, 8)])
