@@ -36,5 +36,9 @@ class UnsupportedPipeline(ThgError):
     """A pipeline class that no adapter record describes."""
 
 
+class MissingWeights(ThgError, FileNotFoundError):
+    """A model in the box whose files are not there; the message says how to come by them."""
+
+
 class CalibrationError(ThgError):
     """A calibration file that is unreadable, of another version, or does not fit the model."""

@@ -1,16 +1,20 @@
-"""What the three training scripts share: checkpoints, learning rate, moving averages, flags."""
+"""What the training scripts share: checkpoints, learning rate, moving averages, loop, flags."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
+import platform
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from training.data import DEFAULT_DATA_DIR
 
@@ -117,6 +121,49 @@ def start(
     if run.resume():
         print(f"resumed {run.path} at step {run.step}")
     return run
+
+
+def descend(run: Run, loss: torch.Tensor) -> float:
+    """One optimiser step down ``loss``, gradients clipped to a norm of 1; returns its value."""
+    run.optimizer.zero_grad()
+    loss.backward()
+    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
+    run.optimizer.step()
+    run.scheduler.step()
+    return loss.item()
+
+
+def fit(run: Run, args: argparse.Namespace, step: Callable[[], float]) -> None:
+    """Calls ``step``, which returns a loss, up to ``args.steps`` in all; saves now and then."""
+    name = run.path.stem
+    bar = tqdm(initial=run.step, total=args.steps, desc=name, mininterval=10)
+    smooth = run.extra.get("loss", 1.0)
+    while run.step < args.steps:
+        begin = time.perf_counter()
+        loss = step()
+        run.average.update(run.model, run.step)
+        smooth += (loss - smooth) * max(0.005, 1 / (run.step + 1))
+        run.step += 1
+        run.seconds += time.perf_counter() - begin
+        bar.update()
+        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
+        run.extra |= {"loss": smooth, "batch_size": args.batch_size, "total": args.steps}
+        if run.step % args.save_every == 0 or run.step == args.steps:
+            run.save()
+    bar.close()
+    print(f"{run.step} steps, {run.seconds:.0f} s, loss {smooth:.4f}")
+
+
+def machine(threads: int) -> str:
+    """Architecture, processor and threads, as results name the machine that they come from."""
+    processor = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+        processor = names[0] if names else processor
+    parts = [platform.machine(), processor, f"{threads} thread{'s' * (threads != 1)}"]
+    return ", ".join(part for part in parts if part)
 
 
 def load_average(path: Path, model: nn.Module) -> dict[str, Any]:

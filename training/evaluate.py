@@ -1,6 +1,7 @@
-"""Measures the boxed pipeline over guidance scales and draws a contact sheet.
+"""Measures a boxed pipeline over guidance scales and draws a contact sheet.
 
     python -m training.evaluate --pipeline PIPELINE --classifier CLASSIFIER
+    python -m training.evaluate --name flow --pipeline FLOW --steps 28 --card
 
 Prompts are "a photo of a COLOUR GARMENT", each of the 80 pairs equally often; the same latents
 serve every guidance scale. Class, colour and joint accuracy are the classifier's verdict; the
@@ -14,23 +15,23 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusion3Pipeline
 from PIL import Image
 from torchmetrics.image.fid import FrechetInceptionDistance
 from tqdm import tqdm
 
 from thg_engine.demo.classifier import CLASSES, COLOURS, NUM_FEATURES, DemoClassifier
 from thg_engine.demo.classifier import load_classifier as load_judge
-from thg_engine.demo.pipeline_loader import load_pipeline
+from thg_engine.demo.pipeline_loader import FOLDERS, load_pipeline
 from training import data
-from training.common import parser
+from training.card import check_card, fill_measured
+from training.common import machine, parser
 
 
 class Features(torch.nn.Module):
@@ -69,11 +70,13 @@ def real_images(
 
 @torch.no_grad()
 def generate(
-    pipe: StableDiffusionPipeline, prompts: list[str], args: argparse.Namespace, scale: float
+    pipe: DiffusionPipeline, prompts: list[str], args: argparse.Namespace, scale: float
 ) -> torch.Tensor:
     """Images in [0, 1], shape ``(len(prompts), 3, 32, 32)``; latents depend on the seed alone."""
     generator = torch.Generator().manual_seed(args.seed)
     latents = torch.randn(len(prompts), 4, 8, 8, generator=generator)
+    flow = isinstance(pipe, StableDiffusion3Pipeline)
+    extra = {"max_sequence_length": args.t5_tokens} if flow else {}
     parts = []
     batches = torch.arange(len(prompts)).split(args.batch_size)
     for batch in tqdm(batches, desc=f"w = {scale:g}", mininterval=5):
@@ -83,6 +86,7 @@ def generate(
             guidance_scale=scale,
             latents=latents[batch],
             output_type="pt",
+            **extra,
         ).images
         parts.append(images.float())
     return torch.cat(parts)
@@ -119,7 +123,7 @@ def contact_sheet(images: torch.Tensor, columns: int, zoom: int = 2) -> Image.Im
     return picture.resize((picture.width * zoom, picture.height * zoom), Image.Resampling.NEAREST)
 
 
-def draw(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> None:
+def draw(pipe: DiffusionPipeline, args: argparse.Namespace) -> None:
     """Saves the sheet: a row for each garment; all colours at w = 1, then the same at w = 5."""
     prompts = [data.prompt(garment, colour) for garment in CLASSES for colour in COLOURS]
     halves = [generate(pipe, prompts, args, scale).unflatten(0, (10, 8)) for scale in (1.0, 5.0)]
@@ -129,7 +133,9 @@ def draw(pipe: StableDiffusionPipeline, args: argparse.Namespace) -> None:
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     """All measurements as a plain dictionary."""
     judge = load_judge(args.classifier) if args.classifier else load_judge()
-    pipe = load_pipeline(path=args.pipeline) if args.pipeline else load_pipeline()
+    pipe = load_pipeline(args.name, path=args.pipeline)
+    if args.shift is not None:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, shift=args.shift)
     if args.sheet:
         draw(pipe, args)
     labels = targets(args.samples)
@@ -147,32 +153,49 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "samples": args.samples,
         "steps": args.steps,
+        "scheduler": type(pipe.scheduler).__name__,
+        "shift": pipe.scheduler.config.get("shift"),
+        "t5_tokens": args.t5_tokens if args.name == "flow" else None,
         "seed": args.seed,
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
-        "machine": f"{platform.machine()}, {args.threads} threads",
+        "machine": machine(args.threads),
         "rows": rows,
     }
 
 
-def main() -> None:
-    """Reads the command line, measures, writes JSON."""
+def command_line() -> argparse.ArgumentParser:
+    """The flags."""
     cli = parser("Measure accuracy and Frechet distance over guidance scales.")
+    cli.add_argument("--name", choices=[*FOLDERS], default="sd", help="which of the pipelines")
     cli.add_argument("--pipeline", type=Path, help="pipeline folder; default: the package's")
     cli.add_argument("--classifier", type=Path, help="weights; default: the package's")
     cli.add_argument("--scales", type=float, nargs="*", default=[1, 2, 3, 5, 7.5], help="w")
     cli.add_argument("--samples", type=int, default=512, help="images at each scale")
-    cli.add_argument("--steps", type=int, default=50, help="DDIM steps")
+    cli.add_argument("--steps", type=int, default=50, help="steps of the pipeline's scheduler")
+    cli.add_argument("--t5-tokens", type=int, default=1, help="flow: zero vectors in T5's place")
+    cli.add_argument("--shift", type=float, help="flow: of the scheduler; default: as exported")
     cli.add_argument("--batch-size", type=int, default=64, help="images at once")
     cli.add_argument("--sheet", type=Path, help="PNG contact sheet to write")
     cli.add_argument("--json", type=Path, help="file to write; default: OUT/evaluation.json")
-    args = cli.parse_args()
+    cli.add_argument("--card", action="store_true", help="flow: the table goes into the model card")
+    return cli
+
+
+def main() -> None:
+    """Reads the command line, measures, writes JSON."""
+    args = command_line().parse_args()
     torch.set_num_threads(args.threads)
+    card = (args.pipeline or FOLDERS[args.name]) / "README.md"
+    if args.card:
+        check_card(card)
     result = evaluate(args)
     target = args.json or args.out / "evaluation.json"
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"wrote {target}")
+    if args.card:
+        fill_measured(card, result)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,18 @@ noise under SD 1.5's noise schedule; 12 % of the captions are empty, for classif
 from __future__ import annotations
 
 import argparse
-import time
 from typing import cast
 
 import torch
 from diffusers import DDIMScheduler, UNet2DConditionModel
 from torch import nn
 from torch.nn.functional import mse_loss
-from tqdm import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
 from training import data
-from training.common import Run, parser, start
-from training.tokenizer import MAX_TOKENS, build_tokenizer
+from training.captions import CaptionedLatents, strata, text_config
+from training.common import Run, descend, fit, parser, start
+from training.tokenizer import build_tokenizer
 
 TEXT_WIDTH = 64
 CHANNELS = (64, 104)
@@ -45,19 +44,7 @@ def build_unet() -> UNet2DConditionModel:
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """The text encoder with fresh weights, for this tokenizer."""
-    config = CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=4 * TEXT_WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=MAX_TOKENS,
-        projection_dim=TEXT_WIDTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    return CLIPTextModel(config)
+    return CLIPTextModel(text_config(tokenizer, TEXT_WIDTH))
 
 
 def build_scheduler() -> DDIMScheduler:
@@ -80,32 +67,18 @@ def build_model(tokenizer: CLIPTokenizer) -> nn.ModuleDict:
     return nn.ModuleDict({"unet": build_unet(), "text_encoder": build_text_encoder(tokenizer)})
 
 
-class Captioned:
+class Captioned(CaptionedLatents):
     """Random batches of noisy latents, timesteps, noise and caption tokens."""
 
     def __init__(self, args: argparse.Namespace, tokenizer: CLIPTokenizer) -> None:
-        self.data = torch.load(args.out / "latents.pt", weights_only=True)
+        super().__init__(args.out / "latents.pt", tokenizer)
         self.scheduler = build_scheduler()
-        self.tokenizer = tokenizer
         self.batch_size: int = args.batch_size
-        self._tokens: dict[str, torch.Tensor] = {}
-
-    def tokens(self, captions: list[str]) -> torch.Tensor:
-        """Token ids, shape ``(B, MAX_TOKENS)``; each caption is tokenised once."""
-        for text in set(captions) - self._tokens.keys():
-            ids = self.tokenizer(text, padding="max_length", truncation=True).input_ids
-            self._tokens[text] = torch.tensor(ids)
-        return torch.stack([self._tokens[text] for text in captions])
 
     def batch(self, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
         """Noisy latents, timesteps, noise, tokens; timesteps are stratified over the batch."""
-        count = self.batch_size
-        index = torch.randint(len(self.data["latents"]), (count,), generator=generator)
-        classes, colours, tones = (self.data[key][index] for key in ("classes", "colours", "tones"))
-        tokens = self.tokens(data.random_captions(classes, colours, tones, generator))
-        strata = torch.arange(count) + torch.rand(count, generator=generator)
-        timesteps = (strata * (1000 / count)).long().clamp(max=999)
-        latents = self.data["latents"][index]
+        latents, tokens = self.draw(self.batch_size, generator)
+        timesteps = (1000 * strata(self.batch_size, generator)).long().clamp(max=999)
         noise = torch.randn(latents.shape, generator=generator)
         return self.scheduler.add_noise(latents, noise, timesteps), timesteps, noise, tokens
 
@@ -115,13 +88,7 @@ def _step(run: Run, source: Captioned) -> float:
     noisy, timesteps, noise, tokens = source.batch(run.generator)
     model = cast(nn.ModuleDict, run.model)
     context = model["text_encoder"](tokens).last_hidden_state
-    loss = mse_loss(model["unet"](noisy, timesteps, context).sample, noise)
-    run.optimizer.zero_grad()
-    loss.backward()
-    nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    run.optimizer.step()
-    run.scheduler.step()
-    return loss.item()
+    return descend(run, mse_loss(model["unet"](noisy, timesteps, context).sample, noise))
 
 
 def train(args: argparse.Namespace) -> None:
@@ -129,22 +96,7 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = build_tokenizer(data.vocabulary())
     source = Captioned(args, tokenizer)
     run = start(args, "unet", build_model(tokenizer), lr=args.lr, total=args.steps, decay=0.999)
-    bar = tqdm(initial=run.step, total=args.steps, desc="unet", mininterval=10)
-    smooth = run.extra.get("loss", 1.0)
-    while run.step < args.steps:
-        begin = time.perf_counter()
-        loss = _step(run, source)
-        run.average.update(run.model, run.step)
-        smooth += (loss - smooth) * max(0.005, 1 / (run.step + 1))
-        run.step += 1
-        run.seconds += time.perf_counter() - begin
-        bar.update()
-        bar.set_postfix(loss=f"{smooth:.4f}", refresh=False)
-        run.extra = {"loss": smooth, "batch_size": args.batch_size, "total": args.steps}
-        if run.step % args.save_every == 0 or run.step == args.steps:
-            run.save()
-    bar.close()
-    print(f"{run.step} steps, {run.seconds:.0f} s, loss {smooth:.4f}")
+    fit(run, args, lambda: _step(run, source))
 
 
 def main() -> None:

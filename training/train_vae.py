@@ -18,12 +18,12 @@ from diffusers import AutoencoderKL
 from tqdm import tqdm
 
 from training import data
-from training.common import Run, load_average, parser, start
+from training.common import Run, descend, load_average, parser, start
 
 KL_WEIGHT = 2e-4
 
 
-def build_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
+def build_vae(scaling_factor: float = 1.0, shift_factor: float | None = None) -> AutoencoderKL:
     """The autoencoder with fresh weights."""
     return AutoencoderKL(
         in_channels=3,
@@ -36,6 +36,7 @@ def build_vae(scaling_factor: float = 1.0) -> AutoencoderKL:
         norm_num_groups=8,
         sample_size=32,
         scaling_factor=scaling_factor,
+        shift_factor=shift_factor,
     )
 
 
@@ -50,19 +51,15 @@ def _step(run: Run, garments: data.Garments, batch_size: int) -> float:
     error = vae.decode(posterior.sample(generator)).sample - images
     divergence = posterior.kl().mean() / posterior.mean[0].numel()
     loss = error.abs().mean() + 2 * error.square().mean() + KL_WEIGHT * divergence
-    run.optimizer.zero_grad()
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(run.model.parameters(), 1.0)
-    run.optimizer.step()
-    run.scheduler.step()
+    descend(run, loss)
     return float(error.abs().mean())
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, garments: data.Garments, args: argparse.Namespace) -> dict[str, Any]:
-    """Latents (float32, unit standard deviation) of all garments in random colours."""
-    generator = torch.Generator().manual_seed(args.seed + 1)
-    index = torch.arange(len(garments)).repeat(args.colours_per_garment)
+def encode(vae: AutoencoderKL, garments: data.Garments, seed: int, copies: int) -> dict[str, Any]:
+    """Latents (float32, unit standard deviation) of all garments, each in ``copies`` colours."""
+    generator = torch.Generator().manual_seed(seed + 1)
+    index = torch.arange(len(garments)).repeat(copies)
     colours = data.random_colours(len(index), generator)
     parts = []
     for batch in tqdm(torch.arange(len(index)).split(200), desc="encode", mininterval=5):
@@ -97,7 +94,7 @@ def train(args: argparse.Namespace) -> None:
     bar.close()
     vae = build_vae().eval()
     load_average(run.path, vae)
-    encoded = encode(vae, garments, args)
+    encoded = encode(vae, garments, args.seed, args.colours_per_garment)
     torch.save(encoded, args.out / "latents.pt")
     print(f"{run.step} steps, {run.seconds:.0f} s, scaling factor {encoded['scaling_factor']:.5f}")
     print("channel means", encoded["latents"].mean((0, 2, 3)).tolist())

@@ -1,4 +1,7 @@
-"""Loads the pipeline in the box: a small trained ``StableDiffusionPipeline``, from disk alone."""
+"""Loads the pipelines in the box, small and trained, from disk alone.
+
+``"sd"`` is a ``StableDiffusionPipeline``, ``"flow"`` a ``StableDiffusion3Pipeline``.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,28 @@ import contextlib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 
+from ..errors import InvalidArgument, MissingWeights
+
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 PIPELINE_DIR = Path(__file__).parent / "pipeline"
+FLOW_DIR = Path(__file__).parent / "flow"
+FOLDERS = {"sd": PIPELINE_DIR, "flow": FLOW_DIR}
+_CLASSES = {"sd": "StableDiffusionPipeline", "flow": "StableDiffusion3Pipeline"}
+_LEFT_OUT: dict[str, dict[str, Any]] = {
+    "sd": {"safety_checker": None, "requires_safety_checker": False},
+    "flow": {"text_encoder_3": None, "tokenizer_3": None},
+}
+_REMEDIES = {
+    "sd": "install thg-engine again, or export one: python -m training.export --pipeline FOLDER",
+    "flow": "train and export it from a checkout: python -m training.train_flow, then "
+    "python -m training.export --flow thg_engine/demo/flow (training/README.md)",
+}
 
 
 @contextlib.contextmanager
@@ -39,31 +56,49 @@ def _quiet() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
+@overload
 def load_pipeline(
-    torch_dtype: torch.dtype = torch.float32, path: Path | str = PIPELINE_DIR
-) -> StableDiffusionPipeline:
-    """The boxed pipeline on the CPU, offline, ready to call.
+    name: Literal["sd"] = "sd", torch_dtype: torch.dtype = ..., path: Path | str | None = None
+) -> StableDiffusionPipeline: ...
+
+
+@overload
+def load_pipeline(
+    name: Literal["flow"], torch_dtype: torch.dtype = ..., path: Path | str | None = None
+) -> StableDiffusion3Pipeline: ...
+
+
+def load_pipeline(
+    name: str = "sd", torch_dtype: torch.dtype = torch.float32, path: Path | str | None = None
+) -> StableDiffusionPipeline | StableDiffusion3Pipeline:
+    """A boxed pipeline on the CPU, offline, ready to call.
 
     Args:
+        name: ``"sd"``, a UNet that predicts noise, or ``"flow"``, a transformer that predicts the
+            velocity of a rectified flow. Of ``"flow"``, T5 is left out; ``max_sequence_length=1``
+            in a call spares the zero vectors that stand for it, and with them most of the time.
         torch_dtype: dtype of the weights (stored in float16); float32 is the one to use on a CPU.
-        path: a pipeline folder; by default the one in the package.
+        path: a pipeline folder of that kind; by default the one in the package.
     Returns:
-        A genuine ``diffusers.StableDiffusionPipeline`` without safety checker, for images of 32x32
-        pixels, with its progress bar off. Each call returns new objects.
+        A genuine ``diffusers.StableDiffusionPipeline`` without safety checker or a genuine
+        ``diffusers.StableDiffusion3Pipeline``, for images of 32x32 pixels, with its progress bar
+        off. Each call returns new objects.
     Raises:
-        FileNotFoundError: ``path`` holds no pipeline.
+        InvalidArgument: there is no pipeline of this name.
+        MissingWeights: the folder holds no pipeline; a ``FileNotFoundError``.
     """
-    if not (Path(path) / "model_index.json").is_file():
-        raise FileNotFoundError(f"no diffusers pipeline at {path}: model_index.json is missing")
+    if name not in FOLDERS:
+        raise InvalidArgument("name", name, f"use one of {', '.join(map(repr, FOLDERS))}.")
+    folder = FOLDERS[name] if path is None else Path(path)
+    if not (folder / "model_index.json").is_file():
+        missing = f"no diffusers pipeline at {folder}: model_index.json is missing"
+        raise MissingWeights(f"{missing}; {_REMEDIES[name]}")
     with _quiet():
-        from diffusers import StableDiffusionPipeline
+        import diffusers
 
-        pipe = StableDiffusionPipeline.from_pretrained(
-            str(path),
-            torch_dtype=torch_dtype,
-            local_files_only=True,
-            safety_checker=None,
-            requires_safety_checker=False,
+        loader = getattr(diffusers, _CLASSES[name])
+        pipe: StableDiffusionPipeline | StableDiffusion3Pipeline = loader.from_pretrained(
+            str(folder), torch_dtype=torch_dtype, local_files_only=True, **_LEFT_OUT[name]
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe
