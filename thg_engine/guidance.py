@@ -32,6 +32,7 @@ from .grid import (
     grid_for_rho,
     uniform_grid,
 )
+from .reuse import DEGREES, check_reuse, coordinates, weights
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,9 @@ class CFG:
 class THG:
     """Tortoise and Hare Guidance: delta is evaluated at coarse points and held in between.
 
+    With ``reuse`` it is extrapolated in between, which is of higher order at the same cost, and not
+    Algorithm 1 any more; ``after`` likewise.
+
     The coarse grid is, in this order: ``grid``; from ``calibration`` for the budget ``nfe`` or the
     error ratio ``rho`` (1 if neither is given); spread evenly for ``nfe``; the default grid.
 
@@ -131,6 +135,10 @@ class THG:
         calibration: measured error curves of the model.
         grid: coarse rows, an interval, or a grid to be mapped by half log-SNR.
         nfe: budget per sample, evaluations (int) or a share of full guidance (float).
+        reuse: "hold" (the paper), "linear" or "quadratic" extrapolation of the newest deltas.
+        along: coordinate of the extrapolation: "time", "lambda" or "row"; see `reuse.coordinates`.
+        damping: share of the extrapolated change that is taken over, in [0, 1].
+        after: from the cut-off on, "drop" delta (the paper) or "hold" the last one.
 
     Source: arXiv 2511.04117, algorithms 1 and 2, section 3.4 for boost and cut-off.
     """
@@ -141,9 +149,16 @@ class THG:
     calibration: Calibration | None = None
     grid: Sequence[int] | int | MappedGrid | None = None
     nfe: int | float | None = None
+    reuse: str = "hold"
+    along: str = "time"
+    damping: float = 1.0
+    after: str = "drop"
     name: str = "thg"
 
     def __post_init__(self) -> None:
+        check_reuse(self.reuse, self.along, self.damping)
+        if self.after not in ("drop", "hold"):
+            raise InvalidArgument("after", self.after, 'use "drop" or "hold".')
         _check_positive("boost", self.boost, "give a positive factor, e.g. 1.1.")
         if self.rho is not None:
             _check_positive("rho", self.rho, "give a positive error ratio, e.g. 1.1.")
@@ -204,17 +219,25 @@ class THG:
         num_rows = len(lambdas)
         limit = self._limit(lambdas)
         points = {*self.coarse_grid(lambdas, guidance_scale), limit, num_rows}
-        ladder = sorted(points)
+        places = coordinates(lambdas, self.along)
         rows: list[GuidanceRow] = []
-        for start, stop in pairwise(ladder):
+        held: list[float] = []
+        for start, stop in pairwise(sorted(points)):
             boost = self.boost if stop - start > 1 else 1.0
-            if start >= limit:
+            if start < limit:
+                held.insert(0, places[start])
+                rows.append(replace(FRESH, boost=boost))
+                between = (self._held(held, places[i]) for i in range(start + 1, stop))
+                rows += [replace(HELD, boost=boost, delta_weights=each) for each in between]
+            elif self.after == "hold" and held:
+                rows += [HELD] * (stop - start)
+            else:
                 # Delta := 0 at each of these rows: the hare steps along, nothing is extrapolated.
                 rows += [UNGUIDED] * (stop - start)
-            else:
-                held = (replace(HELD, boost=boost),) * (stop - start - 1)
-                rows += [replace(FRESH, boost=boost), *held]
         return tuple(rows)
+
+    def _held(self, held: Sequence[float], at: float) -> tuple[float, ...]:
+        return weights(held, at, DEGREES[self.reuse], self.damping)
 
 
 @dataclass(frozen=True)

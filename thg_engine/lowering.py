@@ -112,16 +112,17 @@ def plan_from_solver(
         guidance_scale: w.
         prediction_type: diffusers' string.
         form: "combined", "two_state" (Algorithm 1 to the letter), or "auto": combined where it is
-            the same, which needs one register less.
+            the same, which needs one register less, and where delta is extrapolated, which the
+            two-state form does not do.
     """
     if form not in FORMS:
         raise InvalidArgument("form", form, f"use one of {', '.join(FORMS)}.")
     table = solver_table(solver, points, prediction_type)
     rows = guidance_rows(guidance, table.lambdas, guidance_scale)
     holds = any(not row.evaluates_both and row.delta_weights for row in rows)
-    if form == "combined" or (
-        form == "auto" and (not holds or solver.jumps_exactly(prediction_type))
-    ):
+    extrapolates = any(row.delta_weights not in ((), (1.0,)) for row in rows)
+    is_same = extrapolates or not holds or solver.jumps_exactly(prediction_type)
+    if form == "combined" or (form == "auto" and is_same):
         return plan_from_table(table, guidance, guidance_scale)
     lowered = _TwoState(solver, tuple(points), rows, guidance_scale, prediction_type).rows()
     notes = ("tortoise and hare keep separate solver histories (Algorithm 1)",)
