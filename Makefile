@@ -54,10 +54,10 @@ demo: $(STAMP)
 test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
 
-# The adapters against the oldest supported diffusers.
+# The adapters against the oldest supported diffusers, which imports httpx unasked.
 test-oldest: $(STAMP)
-	test -d $(OLDEST) || $(BIN)/python -m pip install --no-deps --target $(OLDEST) \
-	  diffusers==$(OLDEST_DIFFUSERS)
+	test -d $(OLDEST) || { $(BIN)/python -m pip install --target $(OLDEST) httpx \
+	  && $(BIN)/python -m pip install --no-deps --target $(OLDEST) diffusers==$(OLDEST_DIFFUSERS); }
 	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
 	  -m "not slow" -k "not two_prompts and not several_results and not another_resolution" \
 	  $(OLDEST_TESTS) $(PYTEST_ARGS)
