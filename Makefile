@@ -56,7 +56,7 @@ test: $(STAMP)
 
 # The adapters against the oldest supported diffusers, which imports httpx unasked.
 test-oldest: $(STAMP)
-	test -d $(OLDEST) || { $(BIN)/python -m pip install --target $(OLDEST) httpx \
+	test -d $(OLDEST)/diffusers-$(OLDEST_DIFFUSERS).dist-info || { $(BIN)/python -m pip install --target $(OLDEST) httpx \
 	  && $(BIN)/python -m pip install --no-deps --target $(OLDEST) diffusers==$(OLDEST_DIFFUSERS); }
 	PYTHONPATH=$(OLDEST) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup \
 	  -m "not slow" -k "not two_prompts and not several_results and not another_resolution" \
