@@ -40,10 +40,10 @@ def switched(rows):
     return callback
 
 
-def compared(entry, guided, evaluations, **changes):
+def compared(entry, guided, evaluations, method=HELD, **changes):
     pipe = build(entry)
     with Network(pipe, entry) as network:
-        found = call(entry, thg_engine.compile(pipe, HELD), **STEPS, **changes)
+        found = call(entry, thg_engine.compile(pipe, method), **STEPS, **changes)
         plan, stats = pipe.thg.plan, pipe.thg.stats()
         thg_engine.uncompile(pipe)
     assert len(network.rows) == stats["last_nfe"] == evaluations
@@ -56,6 +56,17 @@ def test_guidance_that_goes_and_comes_back() -> None:
     """Rows 0 to 2 and 5 to 7: row 5 holds nothing and evaluates both, as row 6 is planned to."""
     guided = {0, 1, 2, 5, 6, 7}
     compared(ZOO["wan"], guided, 8 + 3, callback_on_step_end=switched(guided))
+
+
+@pytest.mark.parametrize("fused", [None, False])
+def test_a_gap_between_two_coarse_rows(fused) -> None:
+    """Row 4 would still have the delta of row 0; after the gap it counts for nothing."""
+    guided = {0, 1, 4, 5, 6, 7}
+    entry = ZOO["wan"]
+    pipe = thg_engine.compile(build(entry), THG(grid=8), fused=fused)
+    call(entry, pipe, **STEPS, callback_on_step_end=switched(guided))
+    assert pipe.thg.stats()["refreshes"] == 1 and pipe.thg._last.coarse == [0, 4]
+    compared(entry, guided, 8 + 2, THG(grid=8), callback_on_step_end=switched(guided))
 
 
 def test_guidance_that_the_pipeline_ends() -> None:
@@ -82,6 +93,25 @@ def test_conditioning_that_changes_in_a_run(branch, how) -> None:
     }
     pipe = thg_engine.compile(build(entry), HELD)
     call(entry, pipe, **STEPS, **changes)
+    assert pipe.thg.stats()["refreshes"] == 1
+
+
+@pytest.mark.parametrize("branch", ["prompt_embeds", "negative_prompt_embeds"])
+def test_conditioning_that_is_edited_without_a_callback(branch) -> None:
+    entry = ZOO["wan"]
+    pipe = build(entry)
+    embeds = pipe.encode_prompt("a photo of cat", "bad dog")
+    texts = dict(zip(("prompt_embeds", "negative_prompt_embeds"), embeds, strict=True))
+    seen = []
+
+    def edit(*_) -> None:
+        seen.append(1)
+        if len(seen) == 2:  # both branches of row 0 have read it
+            texts[branch].mul_(0.5)
+
+    pipe.transformer.proj_out.register_forward_pre_hook(edit)
+    thg_engine.compile(pipe, HELD)
+    call(entry, pipe, **STEPS, **texts, prompt=None, negative_prompt=None)
     assert pipe.thg.stats()["refreshes"] == 1
 
 

@@ -21,7 +21,7 @@ from zoo_images3 import (
     qwen_vl,
     true_cfg,
 )
-from zoo_modular import embedded, layered, masked
+from zoo_modular import embedded, flux2_net, flux2_vae, krea2_net, layered, masked
 
 FIT = {"max_area": 16**2, "_auto_resize": False}
 PARTLY = {"strength": 0.8, "num_inference_steps": 5}
@@ -164,58 +164,19 @@ def qwen_image_layered():
 @zoo("Krea2Pipeline", batch=layered(2), other=sized(24), **CALLS)
 def krea2():
     """In the original formulation, c + s (c - u)."""
-    config = {
-        "in_channels": 16,
-        "num_layers": 2,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "intermediate_size": 32,
-        "timestep_embed_dim": 16,
-        "text_hidden_dim": 16,
-        "num_text_layers": 2,
-        "text_num_attention_heads": 2,
-        "text_num_key_value_heads": 2,
-        "text_intermediate_size": 32,
-        "num_layerwise_text_blocks": 1,
-        "num_refiner_text_blocks": 1,
-        "axes_dims_rope": (4, 6, 6),
-    }
-    parts = {**qwen_parts(1), "transformer": net("Krea2Transformer2DModel", **config)}
+    parts = {**qwen_parts(1), "transformer": krea2_net()}
     pipe = diffusers.Krea2Pipeline(**parts, text_encoder=None, tokenizer=None)
     return pipe, unspoken(**layered(), **sized(16))
 
 
 def klein(name: str):
-    config = {
-        "in_channels": 16,
-        "num_layers": 1,
-        "num_single_layers": 1,
-        "attention_head_dim": 16,
-        "num_attention_heads": 2,
-        "joint_attention_dim": 16,
-        "timestep_guidance_channels": 16,
-        "axes_dims_rope": (4, 4, 4, 4),
-        "guidance_embeds": False,
-    }
     return getattr(diffusers, name)(
-        transformer=net("Flux2Transformer2DModel", gain=20.0, **config),
+        transformer=flux2_net(),
         vae=flux2_vae(),
         scheduler=flow(),
         text_encoder=None,
         tokenizer=None,
     )
-
-
-def flux2_vae():
-    make = functools.partial(
-        diffusers.AutoencoderKLFlux2,
-        block_out_channels=(4, 4, 4, 4),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=2,
-    )
-    return seeded(make)
 
 
 @zoo("Flux2KleinPipeline", batch=embedded(2), other=sized(64), **CALLS)

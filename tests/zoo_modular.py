@@ -112,8 +112,7 @@ def hunyuan_video15_modular():
     return pipe, {**glyphs(), **SHORT_RUN, "num_frames": 5, **sized(16)}
 
 
-@zoo("Flux2KleinModularPipeline", batch=embedded(2), other=sized(64), **BLOCKS)
-def flux2_klein_modular():
+def flux2_net():
     config = {
         "in_channels": 16,
         "num_layers": 1,
@@ -125,15 +124,23 @@ def flux2_klein_modular():
         "axes_dims_rope": (4, 4, 4, 4),
         "guidance_embeds": False,
     }
-    encoder = functools.partial(
+    return net("Flux2Transformer2DModel", gain=20.0, **config)
+
+
+def flux2_vae():
+    make = functools.partial(
         diffusers.AutoencoderKLFlux2,
         block_out_channels=(4, 4, 4, 4),
         layers_per_block=1,
         latent_channels=4,
         norm_num_groups=2,
     )
-    network = net("Flux2Transformer2DModel", gain=20.0, **config)
-    parts = {"transformer": network, "vae": seeded(encoder), "scheduler": flow()}
+    return seeded(make)
+
+
+@zoo("Flux2KleinModularPipeline", batch=embedded(2), other=sized(64), **BLOCKS)
+def flux2_klein_modular():
+    parts = {"transformer": flux2_net(), "vae": flux2_vae(), "scheduler": flow()}
     pipe = blocks("Flux2KleinBaseAutoBlocks", **parts, guider=cfg())
     return pipe, {**embedded(), **SHORT_RUN, **sized(32)}
 
@@ -146,9 +153,7 @@ def layered(rows: int = 1) -> dict:
     return {**given, **{name: m.bool() for name, m in given.items() if name.endswith("mask")}}
 
 
-@zoo("Krea2ModularPipeline", batch=layered(2), other=sized(24), **BLOCKS)
-def krea2_modular():
-    """In the original formulation, c + s (c - u)."""
+def krea2_net():
     config = {
         "in_channels": 16,
         "num_layers": 2,
@@ -166,7 +171,13 @@ def krea2_modular():
         "num_refiner_text_blocks": 1,
         "axes_dims_rope": (4, 6, 6),
     }
-    parts = {"transformer": net("Krea2Transformer2DModel", **config), "scheduler": flow()}
+    return net("Krea2Transformer2DModel", **config)
+
+
+@zoo("Krea2ModularPipeline", batch=layered(2), other=sized(24), **BLOCKS)
+def krea2_modular():
+    """In the original formulation, c + s (c - u)."""
+    parts = {"transformer": krea2_net(), "scheduler": flow()}
     guider = cfg(guidance_scale=4.0, use_original_formulation=True)
     pipe = blocks("Krea2AutoBlocks", **parts, guider=guider)
     return pipe, {**layered(), **SHORT_RUN, **sized(16)}

@@ -29,9 +29,8 @@ from .guided_controller import GuidedController
 from .networks import Networks
 from .reasons import reason_for
 from .records import RECORDS
-from .report import KILL_SWITCH
 from .resolve import load_calibration, resolve_guidance
-from .settings import Settings
+from .settings import KILL_SWITCH, Settings
 from .tuning import check_tuning
 
 

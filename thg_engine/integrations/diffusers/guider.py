@@ -29,8 +29,7 @@ from .guider_config import decode, encode
 from .guider_plan import Window, find_levels, plan_run
 from .guider_run import GuiderRun
 from .resolve import fingerprint, resolve_guidance
-
-KILL_SWITCH = "THG_DISABLE"
+from .settings import KILL_SWITCH
 
 
 class TortoiseHareGuidance(ClassifierFreeGuidance):  # type: ignore[misc]

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from ...plan import SamplingPlan
 from .adapter_types import AdapterRecord
 from .run import PipelineRun
-from .settings import Settings
-
-KILL_SWITCH = "THG_DISABLE"
+from .settings import KILL_SWITCH, Settings
 
 
 def switch_lines() -> list[str]:

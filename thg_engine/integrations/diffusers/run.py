@@ -210,6 +210,8 @@ class PipelineRun:
 
     def _watch(self, branch: str, conditioning: Mapping[str, Any]) -> None:
         """Drop held deltas when what a branch is conditioned on was swapped or edited meanwhile."""
+        if self._is_full:
+            return  # nothing held is ever read
         for name, value in enumerate(pytree.tree_leaves(dict(conditioning))):
             if isinstance(value, Tensor) and self._is_new((branch, name), value):
                 self.invalidate()

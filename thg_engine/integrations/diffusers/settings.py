@@ -8,6 +8,9 @@ from ...curves import Calibration
 from ...guidance import Guidance
 from ...plan import SamplingPlan
 
+KILL_SWITCH = "THG_DISABLE"
+"""Set to 1 in the environment, it makes every call the plain pipeline's."""
+
 
 @dataclass(frozen=True)
 class Settings:
