@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from .curves import Calibration
 from .engine import Engine
+from .fitting.front import PlanFront
 from .guidance import CFG, THG, CFGCache, Guidance, GuidanceInterval, SelectiveGuidance
 from .plan import SamplingPlan
 
@@ -34,11 +35,13 @@ __all__ = [
     "Calibration",
     "Engine",
     "GuidanceInterval",
+    "PlanFront",
     "SamplingPlan",
     "SelectiveGuidance",
     "TortoiseHareGuidance",
     "adapters",
     "calibrate",
+    "calibrate_plans",
     "compile",
     "uncompile",
 ]
@@ -58,18 +61,27 @@ def __getattr__(name: str) -> Any:
 def compile(
     pipe: Any,
     guidance: Guidance | SamplingPlan | str = "auto",
-    calibration: Calibration | str | Path | None = None,
+    calibration: Calibration | PlanFront | str | Path | None = None,
     nfe: int | float | None = None,
     fused: bool | None = None,
     graph: bool | None = None,
     denoiser: str | None = None,
     attention: str | None = None,
+    *,
+    speedup: float | None = None,
+    seconds: float | None = None,
+    match: str | None = None,
+    drift: int | None = None,
 ) -> Any:
     """Accelerate a diffusers pipeline in place; see `thg_engine.integrations.diffusers.compile`."""
     from .integrations.diffusers import compile as compile_pipeline
 
     return compile_pipeline(
-        pipe, guidance, calibration, nfe, fused, graph=graph, denoiser=denoiser, attention=attention
+        *(pipe, guidance, calibration, nfe, fused, graph, denoiser, attention),
+        speedup=speedup,
+        seconds=seconds,
+        match=match,
+        drift=drift,
     )
 
 
@@ -85,3 +97,10 @@ def calibrate(pipe: Any, prompts: Sequence[str], **options: Any) -> Calibration:
     from .integrations.diffusers import calibrate as calibrate_pipeline
 
     return calibrate_pipeline(pipe, prompts, **options)
+
+
+def calibrate_plans(pipe: Any, prompts: Sequence[str], **options: Any) -> PlanFront:
+    """Fit plans to a pipeline; see `thg_engine.integrations.diffusers.calibrate_plans`."""
+    from .integrations.diffusers import calibrate_plans as calibrate_pipeline_plans
+
+    return calibrate_pipeline_plans(pipe, prompts, **options)

@@ -361,6 +361,12 @@ class Engine:
         output_uncond, output_cond = self._call(torch.cat([x, x]), t, both).chunk(2)
         return output_cond, output_uncond
 
+    @torch.no_grad()
+    def evaluate(self, x: Tensor, timestep: float, conditioning: Conditioning) -> Tensor:
+        """The output of one branch at ``x``."""
+        t = torch.full((x.shape[0],), timestep, dtype=torch.float32, device=x.device)
+        return self._call(x, t, conditioning)
+
     def _call(self, x: Tensor, t: Tensor, conditioning: Conditioning) -> Tensor:
         output = self.denoiser(x, t, conditioning)
         if not isinstance(output, Tensor):

@@ -95,6 +95,10 @@ class BatchRun(PipelineRun):
             self.coarse.append(index)
             finish = untouched if row is None else partial(self._both, index, row)
             return args, kwargs, finish
+        if self.drift is not None and self.drift.wants(index, self._skipped):
+            self._pending = None  # what is captured knows no such row
+            self.nfe += self.record.branches
+            return args, kwargs, partial(self._measured, index, row)
         self.nfe += 1
         return (), half, partial(self._conditional, index, row)
 
@@ -256,6 +260,21 @@ class BatchRun(PipelineRun):
         shape = torch.Size((2 * cond.shape[0], *cond.shape[1:]))
         source = Outputs(index, row, cond, BranchRows.cond_only(cond.shape[0]))
         return self._answer(output, self._deferred(source, shape, make))
+
+    @property
+    def _skipped(self) -> tuple[int, ...]:
+        """Rows that reuse deltas."""
+        rows = enumerate(self._rows)
+        return tuple(i for i, row in rows if row.delta_weights and not row.evaluates_both)
+
+    def _measured(self, index: int, row: GuidanceRow, output: Any) -> Any:
+        """The conditional output as ever, once the drift check has seen all branches."""
+        cond, others = self._split(sample_of(output, self._layout))
+        beside, fused = self._beside(cond), self.fused if self._guides else None
+        reused = fused.held(index, cond) if fused else self._held.reused(row, beside) / row.boost
+        if self.drift is not None:
+            self.drift.compare(reused, beside.float() - others.float())
+        return self._conditional(index, row, with_sample(output, cond, self._layout))
 
     def _answer(self, output: Any, sample: Tensor) -> Any:
         return with_sample(output, sample, self._layout)

@@ -20,6 +20,7 @@ import torch
 
 from ...curves import Calibration
 from ...errors import InvalidArgument
+from ...fitting.front import PlanFront
 from ...guidance import Guidance
 from ...plan import SamplingPlan
 from .adapters import find_record
@@ -27,6 +28,7 @@ from .controller import Controller
 from .guided import GuiderSwap, denoiser_of_guided, guiders_of, swap_guider
 from .guided_controller import GuidedController
 from .networks import Networks
+from .planned import check_drift, target_of
 from .reasons import reason_for
 from .records import RECORDS
 from .resolve import load_calibration, resolve_guidance
@@ -61,12 +63,17 @@ class CompiledPipeline:
 def compile(
     pipe: Any,
     guidance: Guidance | SamplingPlan | str = "auto",
-    calibration: Calibration | str | Path | None = None,
+    calibration: Calibration | PlanFront | str | Path | None = None,
     nfe: int | float | None = None,
     fused: bool | None = None,
     graph: bool | None = None,
     denoiser: str | None = None,
     attention: str | None = None,
+    *,
+    speedup: float | None = None,
+    seconds: float | None = None,
+    match: str | None = None,
+    drift: int | None = None,
 ) -> Any:
     """Accelerate a diffusers pipeline in place; the same object gains ``pipe.thg``.
 
@@ -76,7 +83,10 @@ def compile(
         guidance: "auto" (calibrated, published or conservative default grid, in this order), a
             name ("thg", "cfg", "cfg-cache", ...), a method such as ``thg_engine.THG(...)``, or a
             finished `SamplingPlan`.
-        calibration: error curves from ``thg_engine.calibrate``, or their file.
+        calibration: error curves from ``thg_engine.calibrate``, fitted plans from
+            ``thg_engine.calibrate_plans``, or a file of either. With fitted plans each call runs
+            the most accurate one within the budget, on its own grid and solver, whatever
+            ``num_inference_steps`` says; that number and ``speedup`` refer to full guidance.
         nfe: evaluation budget per sample: a count (int) or a share of full guidance (float).
         fused: whether ``scheduler.step`` becomes one fused launch where the scheduler is linear;
             equal to its own step but for rounding. None: yes, unless the plan always evaluates both
@@ -85,6 +95,13 @@ def compile(
             them. None: where that is faster; True: wherever it is possible.
         denoiser: "compile" compiles the repeated blocks of the denoiser with torch.compile.
         attention: "sdpa", "xformers" or "native" (plain matrix products); None leaves it.
+        speedup: over full guidance with as many steps as the call asks for, in denoiser time; needs
+            fitted plans, as do ``seconds`` and ``match``.
+        seconds: of all denoiser calls of one image.
+        match: the cheapest plan as accurate as an ordinary solver, e.g. "dpm++2m@50". The default
+            with fitted plans and no budget: ``match`` of DPM-Solver++ 2M with 50 steps.
+        drift: in every so many calls one skipped row evaluates both branches, and the report says
+            how far the reused delta was off; images do not change.
 
     Raises:
         InvalidArgument: an argument makes no sense; names it, its value and the remedy. The
@@ -93,8 +110,12 @@ def compile(
     """
     _check(pipe, fused=fused, graph=graph)
     check_tuning(denoiser, attention)
-    curves = load_calibration(calibration)
-    settings = Settings(guidance, curves, nfe, fused, graph, denoiser, attention)
+    curves, front = load_calibration(calibration)
+    target = target_of(front, guidance, nfe=nfe, speedup=speedup, seconds=seconds, match=match)
+    check_drift(drift)
+    budget = None if target is not None else nfe
+    tuning = (fused, graph, denoiser, attention)
+    settings = Settings(guidance, curves, budget, *tuning, front, target, drift)
     return compile_with(pipe, settings)
 
 

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import zip_longest
 from typing import Any
 
@@ -28,9 +28,12 @@ from .asking import call_arguments, num_rows_of, scale_of
 from .batch_run import BatchRun
 from .callbacks import watch_callback
 from .calls_run import CallsRun
+from .drift import Drift
 from .fingerprint import processors
 from .graphed import CallGraphs, RunGraphs
 from .networks import Networks
+from .plan_scheduler import PlanScheduler
+from .planned import Planner
 from .planning import ChosenRows, FusedPlan, fused_plan, in_branches, noise_levels
 from .report import call_lines, plan_lines, switch_lines, tuning_lines
 from .resolve import resolve_guidance
@@ -77,6 +80,8 @@ class Controller:
         self._graphs = GraphCache(choose=settings.graph is None)
         self._undo_tuning: list[Undo] = []
         self._twins = Twins()
+        self._planner: Planner | None = None
+        self._drift = Drift(settings.drift)
         self._lock = threading.Lock()
         if networks.denoisers:
             self._resolve()
@@ -86,6 +91,9 @@ class Controller:
         self.guidance, self.notes = resolve_guidance(
             settings.guidance, settings.calibration, settings.nfe, self.networks.module
         )
+        pipe = None if self._pipe is None else self._pipe()
+        if settings.front is not None and settings.target is not None and pipe is not None:
+            self._planner = Planner.of(pipe, settings.front, settings.target)
 
     def __reduce__(self) -> Any:
         """Of a pipeline that is left alone; compiled ones make their copies' controllers anew."""
@@ -139,7 +147,8 @@ class Controller:
 
         Keys: ``runs``, ``failed_runs``, ``evaluations`` (all runs, per sample), ``refreshes``,
         ``fused_steps``, ``last_nfe``, ``last_rows``, ``last_extras`` (calls for guidance of another
-        kind, in ``last_nfe``), ``fallbacks`` (reason -> runs), ``graphs`` (see `Engine.stats`).
+        kind, in ``last_nfe``), ``fallbacks`` (reason -> runs), ``drift`` (row -> relative errors of
+        the reused delta), ``graphs`` (see `Engine.stats`).
         """
         reasons = {
             key.removeprefix("fallback: "): count
@@ -154,6 +163,7 @@ class Controller:
             "last_rows": 0 if last is None else last.calls,
             "last_extras": 0 if last is None else last.extras,
             "fallbacks": reasons,
+            "drift": dict(self._drift.found),
             "graphs": self._graphs.report(),
         }
 
@@ -165,7 +175,9 @@ class Controller:
         lines = [f"thg_engine: guidance {method}", *(f"  {note}" for note in self.notes)]
         run, record = self._last, self.record
         lines += plan_lines(self.plan) if run is None or record is None else call_lines(run, record)
+        lines += [] if self._planner is None else self._planner.lines()
         lines += ["  guidance hook: on", self._step_line(), self._graph_line()]
+        lines += self._drift.lines()
         lines += [*tuning_lines(self.settings), *switch_lines()]
         fallbacks = self.stats()["fallbacks"]
         lines += [f"  full guidance in {n} call(s): {why}" for why, n in fallbacks.items()]
@@ -219,7 +231,11 @@ class Controller:
         # Rows of one call per branch end with the step, whoever takes it.
         steps = self.settings.fused is not False or self.record.calls
         try:
-            with stepping(pipe.scheduler) if steps else nullcontext():
+            with ExitStack() as stack:
+                if self._planner is not None:
+                    stack.enter_context(self._planner.driving(pipe, lambda: self._scale(run)))
+                if steps:
+                    stack.enter_context(stepping(pipe.scheduler))
                 yield run
         except BaseException as error:
             run.error = type(error).__name__
@@ -255,7 +271,12 @@ class Controller:
             companions = networks.companions
             kept = graphs() if wanted else None
             run = BatchRun(*common, kept, layout=layout, companions=companions)
+            run.drift = self._drift.begin()
         return run
+
+    def _scale(self, run: PipelineRun) -> float:
+        """w of a call in progress."""
+        return scale_of(run.pipe, run.record, run.arguments)
 
     def _count(self, run: PipelineRun) -> None:
         with self._lock:
@@ -263,6 +284,7 @@ class Controller:
             self._counts["fused_steps"] += run.fused_steps
             self._counts["evaluations"] += run.nfe
             self._counts["refreshes"] += run.refreshes
+            self._drift.note(run.drift)
             self._counts.update(f"fallback: {reason}" for reason in run.fallbacks)
 
     def apart(self, pipe: Any) -> AbstractContextManager[Any]:
@@ -328,6 +350,8 @@ class Controller:
         """Rows and plan of the call in progress: the timesteps are set, truncation is known."""
         scale = scale_of(run.pipe, run.record, run.arguments)
         rows = num_rows_of(run.pipe, run.arguments)
+        if isinstance(run.pipe.scheduler, PlanScheduler):
+            return run.pipe.scheduler.rows_and_plan(scale, rows, full)
         return self._plan(run.pipe.scheduler, rows, scale, CFG() if full else self.guidance)
 
     def _fuse(
@@ -338,6 +362,9 @@ class Controller:
         sample: Tensor,
     ) -> FusedPlan | str:
         """The call's plan with solver columns, or why it has none; runs from ``sample``."""
+        scale = self._scale(run)
+        if isinstance(run.pipe.scheduler, PlanScheduler):
+            return run.pipe.scheduler.fused(scale)
         full = all(row.evaluates_both and row.boost == 1.0 for row in rows)
         if full and self.settings.fused is None:
             return "full guidance leaves the scheduler alone, so that images are bit-identical"
@@ -350,7 +377,7 @@ class Controller:
             run.pipe.scheduler,
             num_rows_of(run.pipe, run.arguments),
             ChosenRows(name, rows),
-            scale_of(run.pipe, run.record, run.arguments),
+            scale,
             step_kwargs,
         )
 

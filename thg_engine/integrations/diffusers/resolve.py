@@ -13,6 +13,8 @@ import torch
 
 from ...curves import Calibration
 from ...errors import CalibrationError, InvalidArgument
+from ...fitting.front import FORMAT as FRONT_FORMAT
+from ...fitting.front import PlanFront
 from ...guidance import (
     FRESH,
     GUIDANCE_NAMES,
@@ -67,14 +69,29 @@ class PlannedRows:
         return tuple(rows)
 
 
-def load_calibration(value: Calibration | str | Path | None) -> Calibration | None:
-    """A calibration as given, or read from a path."""
-    if value is None or isinstance(value, Calibration):
-        return value
+def load_calibration(
+    value: Calibration | PlanFront | str | Path | None,
+) -> tuple[Calibration | None, PlanFront | None]:
+    """(error curves, fitted plans) as given, or read from a path; a front may hold curves too."""
     if isinstance(value, (str, Path)):
-        return Calibration.load(value)
-    remedy = "give a Calibration or the path of a file made by `thg-engine calibrate`."
+        value = load_either(value)
+    if isinstance(value, PlanFront):
+        return value.curves, value
+    if value is None or isinstance(value, Calibration):
+        return value, None
+    remedy = "give a Calibration, a PlanFront, or the path of a file of either kind."
     raise InvalidArgument("calibration", value, remedy)
+
+
+def load_either(path: str | Path) -> Calibration | PlanFront:
+    """Error curves or fitted plans, whichever the file says it holds."""
+    try:
+        document = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CalibrationError(f"cannot read calibration {str(path)!r}: {error}") from error
+    if isinstance(document, dict) and document.get("format") == FRONT_FORMAT:
+        return PlanFront.from_document(document, str(path))
+    return Calibration.from_document(document, str(path))
 
 
 def resolve_guidance(

@@ -27,6 +27,7 @@ from ...plan import SamplingPlan
 from .adapter_types import AdapterRecord
 from .adapters import argument_names
 from .deferred import BranchSum
+from .drift import Probe
 from .fused import FusedStep, Outputs
 from .graphed import CallGraphs, RunGraphs
 from .held import HeldGuidance
@@ -63,6 +64,7 @@ class PipelineRun:
         fused: the fused step, once the first step has been taken by it.
         unfused: why the scheduler steps by itself, "" where it does not.
         watched: whether a callback sees the samples.
+        drift: the drift check of this run, if it has one.
         arguments: of the pipeline's call, by name.
     """
 
@@ -93,6 +95,7 @@ class PipelineRun:
         self._seen: dict[Any, tuple[Tensor, int]] = {}
         self._source: Outputs | None = None
         self.watched = False
+        self.drift: Probe | None = None
         self.graphs = graphs
 
     def knows(self, module: torch.nn.Module) -> bool:

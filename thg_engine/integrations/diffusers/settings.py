@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...curves import Calibration
+from ...fitting.choose import Target
+from ...fitting.front import PlanFront
 from ...guidance import Guidance
 from ...plan import SamplingPlan
 
@@ -23,3 +25,6 @@ class Settings:
     graph: bool | None = None
     denoiser: str | None = None
     attention: str | None = None
+    front: PlanFront | None = None
+    target: Target | None = None
+    drift: int | None = None

@@ -1,0 +1,261 @@
+"""Fitted plans of a diffusers pipeline: a calibration of a few minutes on one's own prompts."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor
+
+from ...calibration import check_scale
+from ...curves import Calibration
+from ...doctor import machine_line
+from ...errors import InvalidArgument
+from ...fitting.front import PlanFront
+from ...fitting.reference import Batch
+from ...fitting.search import BUDGETS, StockPlan, Task, search
+from ...fitting.store import Store
+from ...guidance import CFG
+from ...lowering import plan_from_table
+from ...plan import SamplingPlan
+from ...trace import trace
+from .captured import Captured, noise
+from .planned import native_schedule, schedule_digest, time_denoiser
+from .resolve import fingerprint
+
+HELD_OUT = 1 / 3
+"""Share of the prompts that errors are measured on."""
+STOCK: dict[str, tuple[str, dict[str, Any]]] = {
+    "ddim": ("DDIMScheduler", {"set_alpha_to_one": True, "clip_sample": False}),
+    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+}
+"""Short name -> diffusers class and settings, all from the first timestep to sigma_t = 0."""
+STOCK_BY_KIND = {"vp": ("ddim", "dpm++2m", "unipc"), "flow": ("euler", "dpm++2m", "unipc")}
+STOCK_STEPS = (8, 12, 20, 35, 50)
+
+
+def calibrate_plans(
+    pipe: Any,
+    prompts: Sequence[str],
+    *,
+    guidance_scales: Sequence[float] = (7.5,),
+    budgets: Sequence[int] = BUDGETS,
+    negative_prompt: str = "",
+    solver: str | None = None,
+    batch_size: int = 8,
+    samples: int = 1,
+    seed: int = 0,
+    model: str = "",
+    curves: Calibration | None = None,
+    work_dir: str | Path | None = None,
+    progress: bool = True,
+    **call: Any,
+) -> PlanFront:
+    """Fit plans for a range of budgets to a pipeline, and measure them on prompts held out.
+
+    Args:
+        pipe: a pipeline with one denoiser call per step for both branches, compiled or not; it is
+            not changed.
+        prompts: captions like those it will see, at least six; every third is held out.
+        guidance_scales: w; grids are chosen at the first. Rows are interpolated between them.
+        budgets: evaluations per sample for which plans are made.
+        negative_prompt: of the unconditional branch.
+        solver: of the base rows, a name in `thg_engine.solvers.SOLVERS`; None: DPM-Solver++ 2M,
+            whatever the pipeline ships with.
+        batch_size, samples, seed: prompts at a time; noises per prompt; of the noise.
+        model: name to record; the pipeline's own if empty.
+        curves: error curves to keep in the same file.
+        work_dir: folder in which an interrupted calibration finds what it has done.
+        progress: show tqdm bars.
+        call: further arguments of the pipeline's call: height, width, max_sequence_length, ...
+    Raises:
+        UnsupportedPipeline: guidance of another kind, or a noise schedule that is neither
+            variance-preserving nor flow matching.
+        InvalidArgument: too few prompts, w <= 1, an unknown solver, a budget below 4.
+
+    Under ``accelerate launch`` every process takes its share of the prompts, and all return the
+    same front.
+    """
+    _check(prompts, guidance_scales, budgets, batch_size, samples)
+    captured = Captured.of(pipe)
+    schedule, predicts = native_schedule(pipe.scheduler)
+    with torch.no_grad():
+        seconds = time_denoiser(captured)
+        origin = (captured, prompts, negative_prompt, guidance_scales[0], samples, seed, call)
+        fit, held_out, count = _batches(*origin, batch_size)
+        settings = [*map(str, (predicts, schedule_digest(schedule), negative_prompt, call))]
+        settings += [*map(str, (samples, seed, batch_size, solver)), fingerprint(captured.module)]
+        task = Task(
+            captured.engine(),
+            schedule,
+            predicts,
+            fit,
+            held_out,
+            tuple(map(float, guidance_scales)),
+            tuple(sorted(set(budgets))),
+            seconds[1] / seconds[0],
+            solver or "dpmpp2m",
+            _gather,
+            _store(work_dir, prompts, settings),
+            progress and _rank()[0] == 0,
+        )
+        found = search(task, _stock(pipe.scheduler, schedule.kind, predicts))
+    own = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
+    return PlanFront(
+        model=model or own,
+        fingerprint=fingerprint(captured.module),
+        scheduler_family=f"{schedule.kind}/{predicts}",
+        schedule_digest=schedule_digest(schedule),
+        prompts_sha256=_digest(prompts),
+        num_prompts=count[0],
+        num_held_out=count[1],
+        reference_steps=task.nodes.num_steps,
+        date=datetime.date.today().isoformat(),
+        machine=machine_line(),
+        seconds=seconds,
+        shape=tuple(fit[0][0].shape[1:]),
+        plans=found.plans,
+        stock=found.stock,
+        curves=curves,
+    )
+
+
+def _check(
+    prompts: Sequence[str],
+    scales: Sequence[float],
+    budgets: Sequence[int],
+    batch_size: int,
+    samples: int,
+) -> None:
+    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+        raise InvalidArgument("prompts", prompts, "give a list of captions.")
+    if len(prompts) < 6:
+        raise InvalidArgument("prompts", len(prompts), "give at least six captions.")
+    if not scales:
+        raise InvalidArgument("guidance_scales", scales, "give at least one scale.")
+    for scale in scales:
+        check_scale(scale)
+    if len(set(scales)) < len(scales):
+        raise InvalidArgument("guidance_scales", tuple(scales), "give each scale once.")
+    for budget in budgets:
+        if isinstance(budget, bool) or not isinstance(budget, int) or budget < 4:
+            raise InvalidArgument("budgets", budget, "a budget is a whole number of at least 4.")
+    for name, value in (("batch_size", batch_size), ("samples", samples)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidArgument(name, value, "give a whole number of at least 1.")
+
+
+def _batches(
+    captured: Captured,
+    prompts: Sequence[str],
+    negative_prompt: str,
+    scale: float,
+    samples: int,
+    seed: int,
+    call: Mapping[str, Any],
+    batch_size: int,
+) -> tuple[list[Batch], list[Batch], tuple[int, int]]:
+    """This process's batches to fit and to hold out, and how many prompts there are of each."""
+    groups: list[list[Batch]] = []
+    counts = []
+    held = [i for i in range(len(prompts)) if i % round(1 / HELD_OUT) == 2]
+    for kept in (sorted(set(range(len(prompts))) - set(held)), held):
+        counts.append(len(kept))
+        groups.append([])
+        jobs = [(i, k) for k in range(samples) for i in kept]
+        chunks = [jobs[at : at + batch_size] for at in range(0, len(jobs), batch_size)]
+        for chunk in _mine(chunks):
+            captions = [prompts[i] for i, _ in chunk]
+            shape, cond, uncond = captured.conditioning(captions, negative_prompt, scale, **call)
+            # A seed for each sample: results do not depend on how the prompts are batched.
+            seeds = [seed * 1_000_003 + i * samples + k for i, k in chunk]
+            x = torch.cat([noise(shape, 1, each, captured.module) for each in seeds])
+            groups[-1].append((x, cond, uncond))
+    return groups[0], groups[1], (counts[0], counts[1])
+
+
+def _rank() -> tuple[int, int]:
+    """(rank, processes) of this process."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _mine(chunks: Sequence[Any]) -> list[Any]:
+    """This process's share, at least one: a process without any could not take part."""
+    rank, size = _rank()
+    if len(chunks) < size:
+        remedy = f"give at least {size} batches to fit and to hold out, one per process."
+        raise InvalidArgument("batch_size", len(chunks), remedy)
+    return list(chunks[rank::size])
+
+
+def _gather(rows: Tensor) -> Tensor:
+    """Rows of all processes, in the order of their ranks."""
+    if _rank()[1] == 1:
+        return rows
+    from accelerate.utils import gather_object
+
+    return torch.cat(gather_object([rows.cpu()]))
+
+
+def _store(work_dir: str | Path | None, prompts: Sequence[str], settings: Sequence[str]) -> Store:
+    if work_dir is None:
+        return Store()
+    rank, size = _rank()
+    folder = Path(work_dir) / _digest([*settings, *prompts])[:16]
+    suffix = "" if size == 1 else f"-{rank}-of-{size}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InvalidArgument("work_dir", str(work_dir), f"cannot be made ({error}).") from error
+    return Store(folder, writes=rank == 0, suffix=suffix)
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
+
+
+def _stock(
+    scheduler: Any, kind: str, prediction_type: str
+) -> dict[tuple[str, int], StockPlan]:
+    """Plans of ordinary solvers under full guidance."""
+    found: dict[tuple[str, int], StockPlan] = {}
+    for name in STOCK_BY_KIND[kind]:
+        for num_steps in STOCK_STEPS:
+            found[name, num_steps] = _stock_plan(scheduler, kind, name, num_steps)
+    return found
+
+
+def _stock_plan(scheduler: Any, kind: str, name: str, num_steps: int) -> StockPlan:
+    def make(guidance_scale: float) -> SamplingPlan:
+        made = stock_scheduler(scheduler, kind, name)
+        return plan_from_table(trace(made, num_steps), CFG(), guidance_scale)
+
+    return make
+
+
+def stock_scheduler(scheduler: Any, kind: str, name: str) -> Any:
+    """An ordinary solver on the noise schedule of ``scheduler``."""
+    class_name, extra = STOCK[name]
+    kept = dict(scheduler.config)
+    if kind == "flow":
+        more = {"num_train_timesteps": kept.get("num_train_timesteps", 1000)}
+        if class_name != "FlowMatchEulerDiscreteScheduler":
+            more |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+            more["flow_shift"] = kept.get("shift", 1.0) or 1.0
+        else:
+            more["shift"] = kept.get("shift", 1.0) or 1.0
+        return getattr(diffusers, class_name)(**more)
+    more = {"timestep_spacing": "trailing", **extra}
+    return getattr(diffusers, class_name).from_config(kept, **more)

@@ -1,0 +1,187 @@
+"""The scheduler of a calibrated plan, in the pipeline's place for the length of a call.
+
+Its timesteps are those of the plan, whatever number of steps the call asks for. Where the fused
+step runs, its rows are the fitted ones; where a pipeline does something else with the denoiser's
+output in between, ``step`` takes the base rows, which need the guided output alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.configuration_utils import register_to_config
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
+from torch import Tensor
+
+from ...errors import InvalidArgument
+from ...fitting.choose import Choice
+from ...fitting.front import base_plan
+from ...guidance import CFG, GuidanceRow
+from ...lowering import plan_from_table
+from ...plan import SamplingPlan
+from ...schedule import NoiseSchedule, Point
+from ...solvers import get_solver, solver_table
+from ...table import SolverTable
+from .planning import FusedPlan
+from .resolve import PlannedRows
+
+
+@dataclass(frozen=True)
+class PlannedCall:
+    """The plan of one call.
+
+    Attributes:
+        choice: the plan of the front.
+        schedule: of the pipeline's scheduler.
+        prediction_type: diffusers' string.
+    """
+
+    choice: Choice
+    schedule: NoiseSchedule
+    prediction_type: str
+
+    @property
+    def guidance_scale(self) -> float:
+        """w that it was chosen for."""
+        return self.choice.guidance_scale
+
+    @property
+    def plan(self) -> SamplingPlan:
+        """The fitted rows."""
+        return self.choice.entry.plan(self.schedule, self.prediction_type, self.guidance_scale)
+
+    @property
+    def guidance(self) -> tuple[GuidanceRow, ...]:
+        """What each row says about guidance."""
+        arguments = (self.schedule, self.prediction_type, self.guidance_scale)
+        base = base_plan(self.choice.entry, *arguments)
+        return PlannedRows(base).rows(
+            [row.lambda_t for row in base.rows], self.guidance_scale
+        )
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Of the rows, and the end."""
+        here = tuple(self.schedule.point(t) for t in self.choice.entry.timesteps)
+        return (*here, Point(0.0, 1.0, 0.0))
+
+    @property
+    def table(self) -> SolverTable:
+        """The base solver's rows."""
+        solver = get_solver(self.choice.entry.solver)
+        return solver_table(solver, self.points, self.prediction_type)
+
+
+class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
+    """A scheduler that runs a calibrated plan.
+
+    Args:
+        choose: gives the plan for a number of steps, once a call has set its timesteps.
+        config: of the pipeline's scheduler, which pipelines read.
+    """
+
+    order = 1
+    init_noise_sigma = 1.0
+
+    @register_to_config
+    def __init__(self, num_train_timesteps: int = 1000) -> None:
+        self._choose: Callable[[int], PlannedCall] | None = None
+        self.call: PlannedCall | None = None
+        self.timesteps = torch.empty(0)
+        self._step_index: int | None = None
+        self._samples: list[Tensor] = []
+        self._outputs: list[Tensor] = []
+
+    @classmethod
+    def beside(cls, scheduler: Any, choose: Callable[[int], PlannedCall]) -> PlanScheduler:
+        """In place of ``scheduler``, whose configuration pipelines go on to read."""
+        made = cls()
+        made._internal_dict = scheduler.config
+        made._choose = choose
+        return made
+
+    def set_timesteps(
+        self, num_inference_steps: int | None = None, device: Any = None, **custom: Any
+    ) -> None:
+        """The plan's timesteps.
+
+        Raises:
+            InvalidArgument: timesteps or sigmas of the caller's own; the plan brings its grid.
+        """
+        for name in ("timesteps", "sigmas"):
+            if custom.get(name) is not None:
+                remedy = "a calibrated plan brings its own grid; leave it out, or uncompile."
+                raise InvalidArgument(name, custom[name], remedy)
+        if self._choose is None or num_inference_steps is None:
+            raise InvalidArgument("num_inference_steps", num_inference_steps, "give a number.")
+        self.call = self._choose(num_inference_steps)
+        self.num_inference_steps = self.call.choice.entry.num_steps
+        times = self.call.choice.entry.timesteps
+        whole = all(t == int(t) for t in times)
+        dtype = torch.int64 if whole and self.call.schedule.kind == "vp" else torch.float32
+        self.timesteps = torch.tensor(times, dtype=dtype, device=device)
+        self._rows = self.call.table.rows
+        # Half log-SNR is read off these by whoever asks what the samples are.
+        self.points = self.call.points
+        self._step_index = None
+        self._samples, self._outputs = [], []
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """The sample itself."""
+        return sample
+
+    def step(
+        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **_: Any
+    ) -> Any:
+        """One base row from a guided output."""
+        index = self._step_index or 0
+        self._step_index = index + 1
+        row = self._rows[index]
+        self._samples.insert(0, sample.float())
+        self._outputs.insert(0, model_output.float())
+        total = torch.zeros_like(self._samples[0])
+        for weight, value in zip(row.sample_weights, self._samples, strict=False):
+            total = total + weight * value
+        for weight, value in zip(row.output_weights, self._outputs, strict=False):
+            total = total + weight * value
+        following = total.to(model_output.dtype)
+        return SchedulerOutput(prev_sample=following) if return_dict else (following,)
+
+    def _init_step_index(self, timestep: Any) -> None:
+        self._step_index = 0
+
+    def rows_and_plan(
+        self, guidance_scale: float, num_rows: int, full: bool
+    ) -> tuple[tuple[GuidanceRow, ...], SamplingPlan]:
+        """Guidance rows of the call in progress, and its plan; those of full guidance if asked.
+
+        Raises:
+            InvalidArgument: the call leaves the plan's first rows out.
+        """
+        call = self._at(guidance_scale)
+        plan = call.plan
+        if num_rows != plan.num_rows:
+            remedy = f"a calibrated plan of {plan.num_rows} rows cannot be cut short; uncompile."
+            raise InvalidArgument("strength", f"<{num_rows} rows>", remedy)
+        if full:
+            lambdas = [row.lambda_t for row in plan.rows]
+            plan = plan_from_table(call.table, CFG(), guidance_scale)
+            return CFG().rows(lambdas, guidance_scale), plan
+        return call.guidance, plan
+
+    def fused(self, guidance_scale: float) -> FusedPlan:
+        """The fitted rows of the call in progress."""
+        call = self._at(guidance_scale)
+        return FusedPlan(call.plan, call.table.rows, self, 0, {})
+
+    def _at(self, guidance_scale: float) -> PlannedCall:
+        """The plan of the call, at the scale that the pipeline has now."""
+        if self.call is None:
+            raise InvalidArgument("scheduler", "PlanScheduler", "set its timesteps first.")
+        if guidance_scale == self.call.guidance_scale:
+            return self.call
+        return replace(self.call, choice=replace(self.call.choice, guidance_scale=guidance_scale))

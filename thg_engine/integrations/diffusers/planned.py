@@ -1,0 +1,214 @@
+"""Calls that run a calibrated plan: which one, on which scheduler, and what is said about it."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ...doctor import machine_line
+from ...errors import CalibrationError, InvalidArgument, UnsupportedPipeline
+from ...fitting.choose import Choice, Target, choose, stock_error
+from ...fitting.front import PlanEntry, PlanFront
+from ...schedule import NoiseSchedule, prediction_type
+from .captured import Captured, noise
+from .plan_scheduler import PlanScheduler, PlannedCall
+from .resolve import fingerprint
+
+USUAL_STEPS, USUAL_SCALE = 50, 7.5
+"""Of the call that a target is checked against before there is one."""
+TIMED_CALLS = 5
+
+
+def native_schedule(scheduler: Any) -> tuple[NoiseSchedule, str]:
+    """Noise schedule and prediction type of the model behind a scheduler."""
+    schedule = NoiseSchedule.from_scheduler(scheduler)
+    if schedule.kind == "ve":
+        # Karras' schedulers rescale the samples themselves; the model is the same VP model.
+        schedule = NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod)
+    return schedule, prediction_type(scheduler)
+
+
+def schedule_digest(schedule: NoiseSchedule) -> str:
+    """Sixteen hex digits that identify a noise schedule, to float32 precision."""
+    rounded = tuple(float(f"{value:.5g}") for value in schedule.log_snr)
+    text = repr((schedule.kind, schedule.num_train_timesteps, rounded))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+DEFAULT_MATCH = "dpm++2m@50"
+
+
+def target_of(front: PlanFront | None, guidance: Any, **wanted: Any) -> Target | None:
+    """The target of `compile`; None where it is a matter of guidance alone.
+
+    Raises:
+        InvalidArgument: targets that need fitted plans without any, several, or a method besides.
+    """
+    given = {name: value for name, value in wanted.items() if value is not None}
+    if front is None:
+        for name in given.keys() - {"nfe"}:
+            remedy = "it takes fitted plans: give calibration=, from `thg-engine calibrate --plans`"
+            raise InvalidArgument(name, given[name], f"{remedy} or thg_engine.calibrate_plans.")
+        return None
+    if guidance != "auto":
+        remedy = "fitted plans bring their own; leave guidance out, or calibration."
+        raise InvalidArgument("guidance", getattr(guidance, "name", guidance), remedy)
+    target = Target(**(given or {"match": DEFAULT_MATCH}))
+    if target.match is not None:
+        stock_error(front, target.match, _usual_scale(front))
+    return target
+
+
+def check_drift(drift: object) -> None:
+    """Refuse what is no number of calls."""
+    if drift is None:
+        return
+    if isinstance(drift, bool) or not isinstance(drift, int) or drift < 1:
+        raise InvalidArgument("drift", drift, "give a number of calls, at least 1, or None.")
+
+
+@dataclass
+class Planner:
+    """Chooses the plan of each call of one compiled pipeline.
+
+    Attributes:
+        front: what was calibrated.
+        target: what was asked for.
+        seconds: (one branch, both branches) of a denoiser call per sample, here.
+        measured: whether these were measured now, or are those of the calibration.
+        choice: of the last call; before the first, for a usual one.
+    """
+
+    front: PlanFront
+    target: Target
+    seconds: tuple[float, float]
+    measured: bool
+    choice: Choice | None = None
+
+    @classmethod
+    def of(cls, pipe: Any, front: PlanFront, target: Target) -> Planner:
+        """For ``pipe``; warns where the target cannot be met by a usual call.
+
+        Raises:
+            CalibrationError: the front is of another model or noise schedule.
+            UnsupportedPipeline: guidance of a kind that plans are not fitted for.
+        """
+        captured = Captured.of(pipe)
+        check_front(front, captured.module, pipe.scheduler)
+        here = front.machine == machine_line()
+        seconds = front.seconds if here else time_denoiser(captured)
+        made = cls(front, target, seconds, not here)
+        made.choice = made.choose(_usual_scale(front), USUAL_STEPS)
+        if made.choice.unmet:
+            warnings.warn(f"thg_engine: {made.choice.unmet}.", stacklevel=5)
+        return made
+
+    def choose(self, guidance_scale: float, num_steps: int) -> Choice:
+        """The plan of a call."""
+        return choose(self.front, self.target, guidance_scale, num_steps, self.seconds)
+
+    @contextmanager
+    def driving(self, pipe: Any, scale: Callable[[], float]) -> Iterator[PlanScheduler]:
+        """``pipe`` with the plan's scheduler in place of its own.
+
+        Args:
+            pipe: the pipeline.
+            scale: w of the call, once the pipeline knows it.
+        """
+        own = pipe.scheduler
+        schedule, predicts = native_schedule(own)
+
+        def planned(num_steps: int) -> PlannedCall:
+            found = self.choose(scale(), num_steps)
+            if found.unmet and (self.choice is None or found.unmet != self.choice.unmet):
+                warnings.warn(f"thg_engine: {found.unmet}.", stacklevel=3)
+            self.choice = found
+            return PlannedCall(found, schedule, predicts)
+
+        check_front(self.front, None, own)
+        stand_in = PlanScheduler.beside(own, planned)
+        # Past the pipeline's own __setattr__, which would enter the stand-in into its config.
+        vars(pipe)["scheduler"] = stand_in
+        try:
+            yield stand_in
+        finally:
+            if vars(pipe).get("scheduler") is stand_in:
+                vars(pipe)["scheduler"] = own
+
+    def lines(self) -> list[str]:
+        """The choice and its neighbours, for the report."""
+        choice = self.choice
+        if choice is None:
+            return []
+        c2 = self.seconds[1] / self.seconds[0]
+        origin = "measured here" if self.measured else "of the calibration"
+        scales = ", ".join(f"{scale:g}" for scale in self.front.guidance_scales)
+        lines = [
+            f"  plan for {self.target}: {self._line(choice.entry, choice)}",
+            *(f"  beside it: {self._line(entry, choice)}" for entry in choice.neighbours),
+            f"  calibrated {self.front.date} at w = {scales}; c2 = {c2:.2f} ({origin})",
+        ]
+        if not choice.entry.covers(choice.guidance_scale):
+            lines.append(f"  w = {choice.guidance_scale:g} was not calibrated: rows are not fitted")
+        return [*lines, f"  target missed: {choice.unmet}"] if choice.unmet else lines
+
+    def _line(self, entry: PlanEntry, choice: Choice) -> str:
+        c2 = self.seconds[1] / self.seconds[0]
+        error = 100 * entry.error_at(choice.guidance_scale)
+        speedup = choice.speedup * choice.entry.cost(c2) / entry.cost(c2)
+        return f"{entry.name}, NFE {entry.nfe}, error {error:.2f} %, {speedup:.2f}x"
+
+
+def _usual_scale(front: PlanFront) -> float:
+    """The calibrated scale nearest to the one most calls have."""
+    return min(front.guidance_scales, key=lambda scale: abs(scale - USUAL_SCALE))
+
+
+def check_front(front: PlanFront, module: torch.nn.Module | None, scheduler: Any) -> None:
+    """Refuse a front of another model or noise schedule."""
+    remedy = "calibrate this model with `thg-engine calibrate --plans`"
+    if module is not None and front.fingerprint not in ("", fingerprint(module)):
+        message = f"the calibration is of {front.model!r}, another architecture"
+        raise CalibrationError(f"{message}; {remedy}.")
+    try:
+        schedule, predicts = native_schedule(scheduler)
+    except InvalidArgument as error:
+        raise UnsupportedPipeline(f"{type(scheduler).__name__}: {error}") from error
+    family = f"{schedule.kind}/{predicts}"
+    if family != front.scheduler_family or schedule_digest(schedule) != front.schedule_digest:
+        message = f"the calibration is of another noise schedule ({front.scheduler_family})"
+        raise CalibrationError(f"{message} than the pipeline's ({family}); {remedy}.")
+
+
+@torch.no_grad()
+def time_denoiser(captured: Captured, batch: int = 1) -> tuple[float, float]:
+    """Median seconds of a denoiser call per sample: (one branch, both branches)."""
+    shape, cond, uncond = captured.conditioning([""] * batch, "", USUAL_SCALE)
+    module, engine = captured.module, captured.engine()
+    x = noise(shape, batch, 0, module).to(module.dtype)
+    times: dict[str, list[float]] = {"one": [], "both": []}
+    for i in range(TIMED_CALLS + 1):
+        for name in times:
+            begin = _now(x)
+            if name == "one":
+                engine.evaluate(x, 500.0, cond)
+            else:
+                engine.evaluate_both(x, 500.0, cond, uncond)
+            if i:  # the first round warms up
+                times[name].append((_now(x) - begin) / batch)
+    return statistics.median(times["one"]), statistics.median(times["both"])
+
+
+def _now(x: torch.Tensor) -> float:
+    if x.is_cuda:
+        torch.cuda.synchronize(x.device)
+    return time.perf_counter()
+
