@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+from ..errors import ThgError
 
 DESCRIPTION = """\
 Generates the samples of a published table with your weights and prompts, scores them, and prints
@@ -65,12 +68,10 @@ def run(args: argparse.Namespace) -> None:
     from .request import check
 
     request = check(args)
-    from accelerate import PartialState
-
     from .generation import Shard, check_manifest, write_manifest
     from .running import generate, measure
 
-    state = PartialState(timeout=BARRIER)
+    state = _processes()
     manifest = check_manifest(request.job)
     # Every process refuses a folder of other settings itself, before one of them writes.
     state.wait_for_everyone()
@@ -81,6 +82,28 @@ def run(args: argparse.Namespace) -> None:
     state.wait_for_everyone()
     if state.is_main_process:
         show(request, measure(request, str(state.device)))
+    if state.num_processes > 1:
+        state.destroy_process_group()
+
+
+def _processes() -> Any:
+    """This process among those that a launcher started.
+
+    Raises:
+        ThgError: the launcher's processes do not know of each other: each would do all the work.
+    """
+    import torch
+    from accelerate import PartialState
+
+    # Without cpu=True, accelerate takes the processes of a machine without GPU for strangers.
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=BARRIER)
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if started != state.num_processes:
+        raise ThgError(
+            f"the launcher started {started} processes, accelerate sees {state.num_processes}; "
+            "run `accelerate config`, or one process."
+        )
+    return state
 
 
 def show(request: Any, results: Sequence[Any]) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument, MissingPackage
-from .distances import ClassifierFeatures, mmd
+from .distances import ClassifierFeatures, frechet, mmd
 from .samples import image_size, read_images
 
 
@@ -113,7 +113,10 @@ def _judge(setting: Setting) -> ClassifierFeatures:
 
 
 def _fid(setting: Setting) -> Score:
-    """torchmetrics' Frechet distance, in Inception's features or the classifier's."""
+    """Frechet distance of torchmetrics' statistics, in Inception's features or the classifier's.
+
+    Its own last step loses digits where there are fewer samples than features; see `frechet`.
+    """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     feature: Any = 2048
@@ -124,19 +127,28 @@ def _fid(setting: Setting) -> Score:
         load_package("torch_fidelity", "torch-fidelity", "fid")
         if "fid" in setting.weights:
             options["feature_extractor_weights_path"] = str(setting.weights["fid"])
-    distance = FrechetInceptionDistance(feature, **options).to(setting.device)
+    collected = FrechetInceptionDistance(feature, **options).to(setting.device)
     with torch.no_grad():
         for images in setting.images(setting.reference):
-            distance.update(images, real=True)
+            collected.update(images, real=True)
 
     @torch.no_grad()
     def score(samples: Samples) -> float:
-        distance.reset()
+        collected.reset()
         for images in setting.images(samples.files):
-            distance.update(images, real=False)
-        return float(distance.compute())
+            collected.update(images, real=False)
+        real, ours = (_moments(collected, which) for which in ("real", "fake"))
+        return frechet((real[0], ours[0]), (real[1], ours[1]))
 
     return score
+
+
+def _moments(collected: Any, which: str) -> tuple[Tensor, Tensor]:
+    """Mean ``(d,)`` and covariance ``(d, d)`` of what torchmetrics summed up, float64, host."""
+    names = ("sum", "cov_sum", "num_samples")
+    total, squares, count = (getattr(collected, f"{which}_features_{name}").cpu() for name in names)
+    mean = total / count
+    return mean, (squares - count * torch.outer(mean, mean)) / (count - 1)
 
 
 def _cmmd(setting: Setting) -> Score:
