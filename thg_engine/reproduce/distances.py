@@ -1,7 +1,6 @@
-"""Distances between two sets of features, and what the features of the box are.
+"""Distance between two sets of features, and what the features of the box are.
 
 References:
-    Heusel et al. 2017, arXiv 1706.08500 (the Frechet distance of feature Gaussians);
     Jayasumana et al. 2024, arXiv 2401.09603 (CMMD: this distance on CLIP embeddings);
     Gretton et al. 2012, JMLR 13, eq. 5 (the biased estimate of the squared MMD).
 """
@@ -17,26 +16,6 @@ if TYPE_CHECKING:
     from ..demo.classifier import DemoClassifier
 
 SIGMA, SCALE = 10.0, 1000.0
-
-
-def frechet(means: tuple[Tensor, Tensor], covariances: tuple[Tensor, Tensor]) -> float:
-    """Squared Frechet distance of two Gaussians, also where a covariance is singular.
-
-    |m_1 - m_2|^2 + tr S_1 + tr S_2 - 2 tr (S_1 S_2)^(1/2), the last trace being the sum of the
-    singular values of S_1^(1/2) S_2^(1/2). Eigenvalues of S_1 S_2, the usual way, lose half of the
-    digits where there are fewer samples than features: seen, 22.3 and 20.6 from the same images.
-
-    Args:
-        means: two of shape ``(d,)``.
-        covariances: two of shape ``(d, d)``, symmetric.
-    """
-    roots = []
-    for covariance in covariances:
-        values, vectors = torch.linalg.eigh(covariance.double())
-        roots.append(vectors * values.clamp(min=0).sqrt() @ vectors.T)
-    cross = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
-    gap = (means[0].double() - means[1].double()).square().sum()
-    return float(gap + covariances[0].trace() + covariances[1].trace() - 2 * cross)
 
 
 def kernel_mean(x: Tensor, y: Tensor, sigma: float = SIGMA, block: int = 2048) -> float:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidArgument, MissingPackage
-from .distances import ClassifierFeatures, frechet, mmd
+from .distances import ClassifierFeatures, mmd
 from .samples import image_size, read_images
 
 
@@ -65,6 +65,8 @@ class Setting:
 
 
 Score = Callable[[Samples], float]
+ALONE: dict[str, Any] = {"sync_on_compute": False}
+"""For torchmetrics: one process scores, the others must not be waited for, nor added in."""
 
 
 @dataclass(frozen=True)
@@ -113,42 +115,33 @@ def _judge(setting: Setting) -> ClassifierFeatures:
 
 
 def _fid(setting: Setting) -> Score:
-    """Frechet distance of torchmetrics' statistics, in Inception's features or the classifier's.
+    """torchmetrics' Frechet distance, in Inception's features or the classifier's.
 
-    Its own last step loses digits where there are fewer samples than features; see `frechet`.
+    Source: Heusel et al. 2017, arXiv 1706.08500.
     """
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     feature: Any = 2048
-    options: dict[str, Any] = {"reset_real_features": False}
+    options: dict[str, Any] = {"reset_real_features": False, **ALONE}
     if setting.boxed:
         feature = _judge(setting)
     else:
         load_package("torch_fidelity", "torch-fidelity", "fid")
         if "fid" in setting.weights:
             options["feature_extractor_weights_path"] = str(setting.weights["fid"])
-    collected = FrechetInceptionDistance(feature, **options).to(setting.device)
+    distance = FrechetInceptionDistance(feature, **options).to(setting.device)
     with torch.no_grad():
         for images in setting.images(setting.reference):
-            collected.update(images, real=True)
+            distance.update(images, real=True)
 
     @torch.no_grad()
     def score(samples: Samples) -> float:
-        collected.reset()
+        distance.reset()
         for images in setting.images(samples.files):
-            collected.update(images, real=False)
-        real, ours = (_moments(collected, which) for which in ("real", "fake"))
-        return frechet((real[0], ours[0]), (real[1], ours[1]))
+            distance.update(images, real=False)
+        return float(distance.compute())
 
     return score
-
-
-def _moments(collected: Any, which: str) -> tuple[Tensor, Tensor]:
-    """Mean ``(d,)`` and covariance ``(d, d)`` of what torchmetrics summed up, float64, host."""
-    names = ("sum", "cov_sum", "num_samples")
-    total, squares, count = (getattr(collected, f"{which}_features_{name}").cpu() for name in names)
-    mean = total / count
-    return mean, (squares - count * torch.outer(mean, mean)) / (count - 1)
 
 
 def _cmmd(setting: Setting) -> Score:
@@ -221,7 +214,7 @@ def _clip_score(setting: Setting) -> Score:
         processor = CLIPProcessor.from_pretrained(folder, local_files_only=True)
         return _ClipWithTensors(model.eval()), processor
 
-    similarity = CLIPScore(loaded).to(setting.device)
+    similarity = CLIPScore(loaded, **ALONE).to(setting.device)
 
     @torch.no_grad()
     def score(samples: Samples) -> float:
