@@ -24,6 +24,7 @@ from .tables import Row, Table, table
 
 DTYPES = {name: getattr(torch, name) for name in ("float16", "bfloat16", "float32")}
 DEMO_SAMPLES = 40
+BOXED_CURVES = "thg_engine boxed pipeline"
 
 
 @dataclass(frozen=True)
@@ -198,10 +199,11 @@ def _reference(
 
 
 def _calibration(args: argparse.Namespace, boxed: bool) -> Calibration | None:
+    """The given error curves; for the pipeline in the box the ones that came with it."""
     if args.calibration is not None:
         return Calibration.load(args.calibration)
-    shipped = [curves for curves in shipped_calibrations() if curves.model == DEMO]
-    return shipped[0] if boxed and shipped else None
+    shipped = (curves for curves in shipped_calibrations() if curves.model.startswith(BOXED_CURVES))
+    return next(shipped, None) if boxed else None
 
 
 def _out(folder: Path | None) -> Path:
