@@ -9,7 +9,6 @@ classifier takes their place.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,7 +101,7 @@ def load_package(module: str, distribution: str, metric: str) -> Any:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # the latter: names that a dependency has lost
         remedy = f"pip install {distribution} (or 'thg-engine[reproduce]')"
         message = f"metric {metric} needs {distribution}: {remedy} ({error})."
         raise MissingPackage(f"{message} --metrics leaves it out.") from error
@@ -369,8 +368,7 @@ def check_metrics(
             remedy = f"is needed by metric {name}: {metric.weights}; --metrics leaves it out."
             raise InvalidArgument("--weights", f"{name}=PATH", remedy)
         for module, distribution in metric.packages.items():
-            if importlib.util.find_spec(module) is None:
-                load_package(module, distribution, name)
+            load_package(module, distribution, name)
 
 
 def parse_weights(pairs: Sequence[str]) -> dict[str, Path]:
