@@ -22,10 +22,11 @@ from thg_engine.demo.compare import prompts
 from thg_engine.errors import InvalidArgument, MissingPackage, MissingWeights, ThgError
 from thg_engine.guidance import CFGCache
 from thg_engine.reproduce import methods
+from thg_engine.reproduce.checks import check_metrics
 from thg_engine.reproduce.distances import mmd
 from thg_engine.reproduce.generation import Sampler, Shard
 from thg_engine.reproduce.methods import SOLVERS, Context, guidance_of, register_guidance
-from thg_engine.reproduce.metrics import METRICS, Samples, Setting, check_metrics
+from thg_engine.reproduce.metrics import METRICS, Samples, Setting
 from thg_engine.reproduce.request import check
 from thg_engine.reproduce.running import generate
 from thg_engine.reproduce.samples import Folder, read_wav, write_wav

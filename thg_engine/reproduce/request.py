@@ -16,9 +16,10 @@ from ..curves import Calibration
 from ..errors import InvalidArgument, MissingWeights
 from ..guidance import Guidance
 from ..published import shipped_calibrations
+from .checks import check_metrics, parse_weights
 from .generation import DEMO, Job
 from .methods import Context, NotAvailable, guidance_of
-from .metrics import BOXED, METRICS, caption_labels, check_metrics, parse_weights
+from .metrics import BOXED, METRICS, caption_labels
 from .samples import reference_files
 from .tables import Row, Table, table
 
