@@ -29,7 +29,7 @@ from thg_engine.reproduce.methods import SOLVERS, Context, guidance_of, register
 from thg_engine.reproduce.metrics import METRICS, Samples, Setting
 from thg_engine.reproduce.request import check
 from thg_engine.reproduce.running import generate
-from thg_engine.reproduce.samples import Folder, read_wav, write_wav
+from thg_engine.reproduce.samples import Folder, read_wav, write_wav, write_whole
 from thg_engine.reproduce.tables import table, tables
 
 ROWS = "cfg,cfg-cache,thg,cfg-20,thg-20"
@@ -448,6 +448,16 @@ def test_the_velocity_pipeline_stands_in_or_is_missed(tmp_path):
     assert main(line) == 0
     rows = json.loads((tmp_path / "results.json").read_text())["rows"]
     assert [row["nfe"]["counted"] for row in rows] == [56, 38]
+
+
+def test_half_a_file_never_takes_the_name(tmp_path):
+    def cut_short(path):
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(tmp_path / "a.png", cut_short)
+    assert not list(tmp_path.iterdir())
 
 
 def test_sound_survives_the_disk(tmp_path):
