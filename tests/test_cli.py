@@ -12,7 +12,7 @@ from thg_engine.curves import Calibration
 
 
 def test_help_teaches(capsys):
-    commands = ([], ["demo"], ["calibrate"], ["doctor"])
+    commands = ([], ["demo"], ["calibrate"], ["reproduce"], ["doctor"])
     for arguments in ([*command, "--help"] for command in commands):
         with pytest.raises(SystemExit) as stop:
             main(arguments)
@@ -27,7 +27,8 @@ def test_help_teaches(capsys):
 
 def test_every_command_has_a_function():
     parser = build_parser()
-    for arguments in (["demo"], ["doctor"], ["calibrate", "demo", "--prompts", "x"]):
+    every = (["demo"], ["doctor"], ["calibrate", "demo", "--prompts", "x"], ["reproduce", "--list"])
+    for arguments in every:
         assert callable(parser.parse_args(arguments).run)
 
 

@@ -61,14 +61,15 @@ ALLOWED: dict[str, set[str]] = {
     DIFFUSERS: {*CORE},
     "doctor": {"", "errors"},
     "demo": {*CORE, "", DIFFUSERS, "doctor"},
-    "cli": {*CORE, "", DIFFUSERS, "demo", "doctor"},
+    "reproduce": {*CORE, "", DIFFUSERS, "demo", "doctor"},
+    "cli": {*CORE, "", DIFFUSERS, "demo", "reproduce", "doctor"},
     "adapters": {DIFFUSERS},
     "": {*CORE, DIFFUSERS, "demo", "adapters"},
 }
 # Only these know diffusers or transformers at all; only integrations.diffusers at module level.
-KNOW_DIFFUSERS = {DIFFUSERS, "demo"}
+KNOW_DIFFUSERS = {DIFFUSERS, "demo", "reproduce"}
 # Only these may import the integration, and only inside a function.
-LAZY_INTEGRATION = {"", "cli", "demo"}
+LAZY_INTEGRATION = {"", "cli", "demo", "reproduce"}
 # "adapters" is the integration's own face: whoever imports it wants the integration.
 MAY_USE_KERNELS = {"packing", "step_buffers", "run", "engine", "doctor", DIFFUSERS}
 HEAVY = {"diffusers", "transformers"}

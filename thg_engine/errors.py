@@ -40,5 +40,9 @@ class MissingWeights(ThgError, FileNotFoundError):
     """A model in the box whose files are not there; the message says how to come by them."""
 
 
+class MissingPackage(ThgError, ImportError):
+    """An optional package that is not installed or cannot be imported; the message says how."""
+
+
 class CalibrationError(ThgError):
     """A calibration file that is unreadable, of another version, or does not fit the model."""
