@@ -61,14 +61,15 @@ ALLOWED: dict[str, set[str]] = {
     DIFFUSERS: {*CORE},
     "doctor": {"", "errors"},
     "demo": {*CORE, "", DIFFUSERS, "doctor"},
-    "cli": {*CORE, "", DIFFUSERS, "demo", "doctor"},
+    "evaluation": {*CORE, "", DIFFUSERS, "demo", "doctor"},
+    "cli": {*CORE, "", DIFFUSERS, "demo", "doctor", "evaluation"},
     "adapters": {DIFFUSERS},
     "": {*CORE, DIFFUSERS, "demo", "adapters"},
 }
 # Only these know diffusers or transformers at all; only integrations.diffusers at module level.
-KNOW_DIFFUSERS = {DIFFUSERS, "demo"}
+KNOW_DIFFUSERS = {DIFFUSERS, "demo", "evaluation"}
 # Only these may import the integration, and only inside a function.
-LAZY_INTEGRATION = {"", "cli", "demo"}
+LAZY_INTEGRATION = {"", "cli", "demo", "evaluation"}
 # "adapters" is the integration's own face: whoever imports it wants the integration.
 MAY_USE_KERNELS = {"packing", "step_buffers", "run", "engine", "doctor", DIFFUSERS}
 HEAVY = {"diffusers", "transformers"}
