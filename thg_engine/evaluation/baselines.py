@@ -162,4 +162,5 @@ def gamma_for_share(cosines: torch.Tensor, share: float) -> float:
         below = (peaks <= gamma).sum(dim=0)
         return float((below + 1).clamp(max=num_steps).double().mean())
 
-    return min(sorted(set(peaks.flatten().tolist())), key=lambda g: abs(guided_steps(g) - wanted))
+    candidates: list[float] = sorted(set(peaks.flatten().tolist()))
+    return min(candidates, key=lambda gamma: abs(guided_steps(gamma) - wanted))

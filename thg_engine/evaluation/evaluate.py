@@ -35,7 +35,7 @@ def evaluate(box: Box, settings: Settings, store: Store, say: Say, progress: boo
     def methods_at(scale: float) -> list[Method]:
         if scale not in methods:
             found = [*baselines(box, scale, settings, tell)]
-            found += our_methods(box, scale, settings, tell)
+            found += our_methods(box, settings, store.path.parent, tell)
             methods[scale] = unique(found)
         return methods[scale]
 

@@ -43,18 +43,18 @@ def real_images(folder: str, classes: Tensor, colours: Tensor, seed: int) -> tup
     Raises:
         InvalidArgument: the files hold fewer than two images per wanted one.
     """
-    grey = _read(Path(folder) / IMAGES, 16).unflatten(0, (-1, 28, 28))
+    grey = _read(Path(folder) / IMAGES, 16).reshape(-1, 28, 28)
     labels = _read(Path(folder) / LABELS, 8)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.empty(2, len(classes), dtype=torch.long)
-    for label in classes.unique():
+    for label in set(classes.tolist()):
         wanted = classes == label
         pool = (labels == label).nonzero()[:, 0]
         if len(pool) < 2 * int(wanted.sum()):
             remedy = f"only {len(pool)} test images of one garment; ask for fewer."
             raise InvalidArgument("quality_images", len(classes), remedy)
         order = torch.randperm(len(pool), generator=generator)[: 2 * int(wanted.sum())]
-        chosen[:, wanted] = pool[order].unflatten(0, (2, -1))
+        chosen[:, wanted] = pool[order].reshape(2, -1)
     first, second = (_tinted(grey[index], colours, generator) for index in chosen)
     return first, second
 

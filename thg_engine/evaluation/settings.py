@@ -96,7 +96,7 @@ class Settings:
 
 
 QUICK: dict[str, Any] = {
-    "guidance_scales": (3.0, 7.5),
+    "guidance_scales": (5.0,),
     "solver_steps": (10, 20),
     "main_steps": (50,),
     "reuse_steps": (10, 20),

@@ -5,11 +5,11 @@ Noise models start at timestep 999 ("trailing" spacing) and end at the first tra
 does. Flow models start at sigma = 0.999 (shifted) and end at zero. Numbers of steps must divide
 1,000: DDIM and PNDM step by ``1000 // N`` whatever the next timestep is.
 
-Two diffusers classes cannot be configured to that end or to those times, and get it from a
-subclass that edits their tables after ``set_timesteps`` and nothing else: Heun always ends at zero
-noise; the multistep solvers round a flow's timesteps to whole numbers, which leaves an error of
-their own at any number of steps. DEIS cannot end a flow at zero, where its log-SNR is infinite: it
-ends at sigma = 1e-4.
+Some diffusers classes cannot be configured to that grid, and get it from a subclass that edits
+their tables after ``set_timesteps`` and nothing else. Heun always ends at zero noise. The multistep
+solvers round a flow's timesteps to whole numbers, which leaves an error of their own at any number
+of steps; UniPC begins a flow elsewhere than the rest; DEIS cannot end one at zero, where its
+log-SNR is infinite, and ends at sigma = 1e-4.
 
 Karras' samplers (Euler, Heun) scale samples by ``sqrt(1 + sigma^2)``, which `frame` gives; with
 trailing spacing their own start would be ``sigma`` instead, another point.
@@ -93,9 +93,9 @@ def build(family: str, solver: str, config: Any) -> Any:
 def _edited(base: type[Any], edit: Callable[[Any], None]) -> type[Any]:
     """A scheduler class whose tables ``edit`` puts right after ``set_timesteps``."""
 
-    @functools.wraps(base.set_timesteps)  # type: ignore[attr-defined]
+    @functools.wraps(base.set_timesteps)
     def set_timesteps(self: Any, *args: Any, **kwargs: Any) -> None:
-        base.set_timesteps(self, *args, **kwargs)  # type: ignore[attr-defined]
+        base.set_timesteps(self, *args, **kwargs)
         edit(self)
 
     body = {"set_timesteps": set_timesteps, "__module__": base.__module__, "__doc__": base.__doc__}
@@ -107,19 +107,25 @@ def _end_at_sigma_min(scheduler: Any) -> None:
     scheduler.sigmas[-1] = ((1 - first) / first) ** 0.5
 
 
-def _exact_timesteps(scheduler: Any) -> None:
-    scheduler.timesteps = scheduler.sigmas[:-1].to(torch.float32) * TRAIN_STEPS
+def _exact_timesteps(scheduler: Any, end: float = 0.0) -> None:
+    """The common grid, not rounded; UniPC's own begins at 1 - 1e-6, the others' at 0.999."""
+    grid = _shifted(scheduler.num_inference_steps, scheduler.config.flow_shift)
+    scheduler.timesteps = grid * TRAIN_STEPS
+    scheduler.sigmas = torch.cat([grid, torch.tensor([end])])
 
 
 def _end_near_zero(scheduler: Any) -> None:
-    _exact_timesteps(scheduler)
-    scheduler.sigmas[-1] = FLOW_END
+    _exact_timesteps(scheduler, FLOW_END)
+
+
+def _shifted(num_steps: int, shift: float) -> torch.Tensor:
+    grid = torch.tensor(flow_sigmas(num_steps), dtype=torch.float64)
+    return (shift * grid / (1 + (shift - 1) * grid)).float()
 
 
 def _start_below_one(scheduler: Any) -> None:
     """Heun's flow on the grid of the other solvers."""
-    grid = torch.tensor(flow_sigmas(scheduler.num_inference_steps))
-    grid = (scheduler.config.shift * grid / (1 + (scheduler.config.shift - 1) * grid)).float()
+    grid = _shifted(scheduler.num_inference_steps, scheduler.config.shift)
     doubled = grid[1:].repeat_interleave(2)
     scheduler.timesteps = torch.cat([grid[:1], doubled]) * TRAIN_STEPS
     scheduler.sigmas = torch.cat([grid[:1], doubled, torch.zeros(1)])
