@@ -62,7 +62,7 @@ def gaussian_data(box: Box) -> Iterator[None]:
     def output(x: torch.Tensor, t: float) -> torch.Tensor:
         pairs = len(x) // 2
         mean = torch.tensor([0.3, -0.8]).repeat_interleave(pairs)[:, None, None, None].double()
-        spread = torch.tensor([1.2, 0.5]).repeat_interleave(pairs)[:, None, None, None].double()
+        spread = torch.tensor([0.9, 1.1]).repeat_interleave(pairs)[:, None, None, None].double()
         if alphas is None:
             alpha, sigma = 1 - t / 1000, t / 1000
         else:
@@ -253,7 +253,8 @@ CHANGES = {
 def test_nothing_is_left_behind(family: str) -> None:
     box = BOXES[family]()
     stock = Method("stock", "dpmpp2m", 4, plain)
-    before, expected = traces(box), latents(box, stock)
+    expected = latents(box, stock)
+    before = traces(box)  # after a call: the first one sets attributes of the pipeline's own
     changes = dict(CHANGES)
     if family == "flow":
         changes |= {"faster": faster_cache(), "pab": pyramid_attention_broadcast()}
@@ -300,7 +301,8 @@ def test_deepcache_where_it_is_installed() -> None:
 
     box = sd_box()
     assert why_no_deepcache(box) == ""
-    before, stock = traces(box), latents(box, Method("cfg", "ddim", STEPS, plain))
+    stock = latents(box, Method("cfg", "ddim", STEPS, plain))
+    before = traces(box)  # after a call: the first one sets attributes of the pipeline's own
     every = latents(box, Method("deep", "ddim", STEPS, deep_cache(1)))
     third = latents(box, Method("deep", "ddim", STEPS, deep_cache(3)))
     assert torch.equal(every, stock)
