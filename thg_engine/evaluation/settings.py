@@ -106,7 +106,7 @@ QUICK: dict[str, Any] = {
     "seeds": 3,
     "reference_steps": 200,
     "quality_images": 32,
-    "quality_steps": 20,
+    "quality_steps": 10,
     "budgets": (20, 40),
 }
 """What ``--quick`` changes."""
