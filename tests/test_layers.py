@@ -58,18 +58,21 @@ RUNTIME = {"fingerprint", "graphs", "graph_cache", "step_buffers", "checks", "ru
 ALLOWED: dict[str, set[str]] = {
     **CORE,
     "integrations": set(),
-    DIFFUSERS: {*CORE},
+    # What is fitted to a model: knows the engine, and nothing of diffusers.
+    "fitting": {*CORE},
+    DIFFUSERS: {*CORE, "fitting", "doctor"},
     "doctor": {"", "errors"},
     "demo": {*CORE, "", DIFFUSERS, "doctor"},
+    "evaluation": {*CORE, "", DIFFUSERS, "fitting", "demo", "doctor"},
     "reproduce": {*CORE, "", DIFFUSERS, "demo", "doctor"},
-    "cli": {*CORE, "", DIFFUSERS, "demo", "reproduce", "doctor"},
+    "cli": {*CORE, "", DIFFUSERS, "fitting", "demo", "doctor", "evaluation", "reproduce"},
     "adapters": {DIFFUSERS},
-    "": {*CORE, DIFFUSERS, "demo", "adapters"},
+    "": {*CORE, DIFFUSERS, "fitting", "demo", "adapters"},
 }
 # Only these know diffusers or transformers at all; only integrations.diffusers at module level.
-KNOW_DIFFUSERS = {DIFFUSERS, "demo", "reproduce"}
+KNOW_DIFFUSERS = {DIFFUSERS, "demo", "evaluation", "reproduce"}
 # Only these may import the integration, and only inside a function.
-LAZY_INTEGRATION = {"", "cli", "demo", "reproduce"}
+LAZY_INTEGRATION = {"", "cli", "demo", "evaluation", "reproduce"}
 # "adapters" is the integration's own face: whoever imports it wants the integration.
 MAY_USE_KERNELS = {"packing", "step_buffers", "run", "engine", "doctor", DIFFUSERS}
 HEAVY = {"diffusers", "transformers"}

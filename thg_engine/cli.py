@@ -1,4 +1,4 @@
-"""``thg-engine demo | calibrate | reproduce | doctor``: the command line.
+"""``thg-engine demo | calibrate | evaluate | reproduce | doctor``: the command line.
 
 Mistakes of the user end in one line on stderr and exit status 2, never in a traceback.
 """
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import __version__
 from .errors import InvalidArgument, ThgError
+from .evaluation.cli import add_parser as _add_evaluate
 from .reproduce.cli import add_parser as _add_reproduce
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ EPILOG = """\
 examples:
   thg-engine demo --out demo-out             see it work on the pipeline in the box, offline
   thg-engine doctor                          what is installed here, and what is missing
+  thg-engine evaluate --quick --out eval     work-precision curves against every baseline
   thg-engine calibrate runwayml/stable-diffusion-v1-5 --prompts captions.txt --out sd15.json
                                              then: thg_engine.compile(pipe, calibration="sd15.json")
   thg-engine reproduce --list                the paper's tables, for those who have the weights
@@ -45,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_demo(commands)
     _add_calibrate(commands)
+    _add_evaluate(commands)
     _add_reproduce(commands)
     doctor = commands.add_parser(
         "doctor",

@@ -1,0 +1,322 @@
+"""The evaluation's numbers, file and command: metrics, resuming, refusals, a run end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import scipy.stats
+import torch
+
+import thg_engine
+from evaluation_boxes import flow_box, sd_box
+from thg_engine.cli import main
+from thg_engine.errors import InvalidArgument
+from thg_engine.evaluation import cli, evaluate, ours, runner
+from thg_engine.evaluation.garments import TINTS, real_images
+from thg_engine.evaluation.methods import Method, plain, unique
+from thg_engine.evaluation.metrics import (
+    frechet_distance,
+    interval95,
+    kernel_distance,
+    psnr,
+    relative_error,
+)
+from thg_engine.evaluation.plots import curves_of, plot_rows
+from thg_engine.evaluation.settings import QUICK, Settings
+from thg_engine.evaluation.store import Store
+from training import data
+
+COLUMNS = {
+    *("method", "solver", "ours", "guidance_scale", "num_steps", "nfe", "seconds", "c2"),
+    *("psnr_to_converged", "psnr_to_same_n", "rel_error", "ci95"),
+}
+TINY: dict[str, Any] = {
+    "pipelines": ("sd",),
+    "guidance_scales": (5.0,),
+    "quality_scales": (2.0,),
+    "solver_steps": (2,),
+    "main_steps": (),
+    "reuse_steps": (2,),
+    "reuse_solvers": ("ddim",),
+    "prompts": 2,
+    "selection_prompts": 2,
+    "seeds": 3,
+    "reference_steps": 4,
+    "quality_images": 8,
+    "quality_steps": 2,
+}
+
+
+def test_psnr_and_relative_error_against_numpy() -> None:
+    x, y = torch.rand(3, 3, 8, 8), torch.rand(3, 3, 8, 8)
+    a, b = x.double().numpy(), y.double().numpy()
+    mse = ((a - b) ** 2).reshape(3, -1).mean(1)
+    np.testing.assert_allclose(psnr(x, y), -10 * np.log10(mse), rtol=1e-12)
+    gap = np.linalg.norm((a - b).reshape(3, -1), axis=1) / np.linalg.norm(b.reshape(3, -1), axis=1)
+    np.testing.assert_allclose(relative_error(x, y), gap, rtol=1e-12)
+    assert psnr(x, x) == [100.0] * 3
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 21, 40])
+def test_intervals_against_scipy(count: int) -> None:
+    values = np.random.default_rng(0).normal(30, 2, count)
+    low, high = scipy.stats.t.interval(0.95, count - 1, values.mean(), scipy.stats.sem(values))
+    assert interval95(list(values)) == pytest.approx([low, high], rel=2e-4)
+    assert interval95([1.0]) is None
+
+
+def test_distances_against_independent_formulas() -> None:
+    rng = np.random.default_rng(1)
+    x, y = rng.normal(size=(40, 6)), rng.normal(0.5, 1.5, size=(40, 6))
+    root = scipy.linalg.sqrtm(np.cov(x.T) @ np.cov(y.T)).real
+    gap = ((x.mean(0) - y.mean(0)) ** 2).sum()
+    expected = gap + np.trace(np.cov(x.T) + np.cov(y.T) - 2 * root)
+    first, second = torch.from_numpy(x), torch.from_numpy(y)
+    assert frechet_distance(first, second) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(first, first) == pytest.approx(0, abs=1e-8)
+
+    def k(a: np.ndarray, b: np.ndarray) -> float:
+        return (a @ b / 6 + 1) ** 3
+
+    n = len(x)
+    within = [
+        np.mean([k(s[i], s[j]) for i in range(n) for j in range(n) if i != j]) for s in (x, y)
+    ]
+    across = np.mean([k(a, b) for a in x for b in y])
+    assert kernel_distance(first, second) == pytest.approx(sum(within) - 2 * across, rel=1e-9)
+
+
+def test_real_images_are_the_training_scripts() -> None:
+    assert tuple(data.RGB[name] for name in data.COLOURS) == TINTS
+    folder = data.DEFAULT_DATA_DIR
+    if not folder.is_dir():
+        pytest.skip(f"no Fashion-MNIST at {folder}")
+    classes, colours = torch.tensor([0, 3, 3, 9]), torch.tensor([0, 1, 7, 4])
+    first, second = real_images(str(folder), classes, colours, 0)
+    assert first.shape == second.shape == (4, 3, 32, 32)
+    assert not torch.equal(first, second)
+    grey = data.load(folder, "t10k")
+    plain_grey = grey.grey.float() / 255
+    for image, label in zip(first, classes, strict=True):
+        brightest = image.amax(0) / image.amax()
+        pool = plain_grey[grey.classes == label]
+        scaled = pool / pool.amax((1, 2), keepdim=True)
+        assert (scaled - brightest).abs().amax((1, 2)).min() < 1e-4
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handful of methods in the place of all: the command is under test here."""
+    few = evaluate.baselines
+
+    def some(*given: Any) -> Any:
+        names = ("CFG", "one-gate delta reuse", "CFG-Cache")
+        for method in few(*given):
+            if method.name in names and method.solver in ("ddim", "dpmpp2m"):
+                yield method
+
+    monkeypatch.setattr(evaluate, "baselines", some)
+    monkeypatch.setattr(evaluate, "REFERENCE_STEPS", 4)
+    monkeypatch.setattr("thg_engine.evaluation.scores.REFERENCE_STEPS", 4)
+    for name, value in TINY.items():
+        monkeypatch.setitem(QUICK, name, value)
+
+
+@pytest.mark.usefixtures("short")
+def test_quick_end_to_end_and_again(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    out = tmp_path / "out"
+    command = ["evaluate", "--quick", "--pipeline", "sd", "--out", str(out)]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "calibrated plans" in printed and "PSNR to converged" in printed
+    document = json.loads((out / "evaluate.json").read_text())
+    assert (out / "sd-w5.png").read_bytes().startswith(b"\x89PNG")
+    rows = document["rows"]
+    assert all(set(row) >= COLUMNS for row in rows)
+    assert {row["ours"] for row in rows} == {True, False}
+    for row in rows:
+        assert (row["psnr_to_same_n"] is None) == (row["method"] == "CFG")
+        assert row["ci95"][0] <= row["psnr_to_converged"] <= row["ci95"][1]
+        assert row["seconds"] > 0 and row["c2"] > 0 and row["seeds"] == 3
+        assert row["num_steps"] <= row["nfe"] <= 2 * row["num_steps"]
+    quality = document["quality"]
+    assert {row["guidance_scale"] for row in quality} == {2.0}
+    assert all(row["images"] == 8 and math.isfinite(row["frechet_floor"]) for row in quality)
+    assert all(0 <= row["class_accuracy"] <= 1 for row in quality)
+
+    def never(*_given: Any) -> Any:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(runner.Bench, "measure", never)
+    monkeypatch.setattr(evaluate.Judge, "score", never)
+    assert main(command) == 0
+    again = json.loads((out / "evaluate.json").read_text())
+    assert again["rows"] == rows and again["quality"] == quality
+    assert len(again["runs"]) == 2
+    assert main([*command, "--seed", "7"]) == 2
+    assert "seed=0" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("short")
+def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: Any) -> None:
+    settings = Settings(**{**TINY, "quality_images": 0})
+    box, whole = sd_box(), runner.Bench.measure
+    count = [0]
+
+    def stops(self: Any, method: Method) -> Any:
+        count[0] += 1
+        if count[0] == 5:
+            raise KeyboardInterrupt
+        return whole(self, method)
+
+    monkeypatch.setattr(runner.Bench, "measure", stops)
+    store = Store(tmp_path / "evaluate.json", settings.document(), {})
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(box, settings, store, lambda _text: None, progress=False)
+    kept = json.loads((tmp_path / "evaluate.json").read_text())["pipelines"]["sd"]["measurements"]
+    assert len(kept) == 4
+    store = Store(tmp_path / "evaluate.json", settings.document(), {})
+    evaluate.evaluate(box, settings, store, lambda _text: None, progress=False)
+    part = store.document["pipelines"]["sd"]
+    assert part["measurements"][:4] == kept
+    assert len(part["measurements"]) == count[0] - 1 == 3 * len(part["catalogues"]["5"])
+    assert len(store.document["rows"]) == len(part["catalogues"]["5"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "2"], "seeds=2"),
+        (["--guidance-scales", "1"], "guidance_scales=1.0"),
+        (["--prompts", "0"], "prompts=0"),
+        (["--prompts", "41"], "prompts=41"),
+        (["--seed", "900000"], "seed=900000"),
+        (["--quality-images", "3"], "quality_images=3"),
+        (["--data", "nowhere"], "--data='nowhere'"),
+        (["--out", "FILE/sub"], "--out="),
+        (["--out", "FOREIGN"], "cannot be read"),
+    ],
+)
+def test_mistakes_end_in_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    def never(_name: str) -> None:
+        raise AssertionError("loaded a pipeline")
+
+    monkeypatch.setattr("thg_engine.evaluation.box.load_box", never)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "evaluate.json").write_text("[]")
+    places = {"FILE/sub": "file/sub", "FOREIGN": "foreign"}
+    assert main(["evaluate", *(places.get(a, a) for a in arguments)]) == 2
+    stderr = capsys.readouterr().err
+    assert message in stderr and len(stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"solver_steps": (30,)}, "divide 1000"),
+        ({"reference_steps": 100}, "twice"),
+        ({"pipelines": ("sd", "sd")}, "each once"),
+        ({"pipelines": ("sdxl",)}, "use one of"),
+    ],
+)
+def test_settings_are_checked(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidArgument, match=message):
+        Settings(**change)
+
+
+def test_a_folder_belongs_to_one_evaluation(tmp_path: Path) -> None:
+    path, settings = tmp_path / "evaluate.json", Settings()
+    store = Store(path, settings.document(), {})
+    store.part("sd", "aaaa")
+    store.save(force=True)
+    with pytest.raises(InvalidArgument, match="prompts=20"):
+        Store(path, dataclasses.replace(settings, prompts=3).document(), {})
+    with pytest.raises(InvalidArgument, match="another 'sd'"):
+        Store(path, settings.document(), {}).part("sd", "bbbb")
+
+
+def test_names_tell_methods_apart() -> None:
+    one, two = (Method("x", "ddim", 10, plain) for _ in range(2))
+    assert unique([one, one]) == [one]
+    with pytest.raises(InvalidArgument, match="names of their own"):
+        unique([one, dataclasses.replace(two, ours=True)])
+
+
+class Front:
+    """Stands in for a front of calibrated plans."""
+
+    def save(self, path: Path) -> None:
+        Path(path).write_text("{}")
+
+
+def test_plans_of_a_front_are_points_of_ours(tmp_path: Path, monkeypatch: Any) -> None:
+    """Fitted once, on selection prompts; compiled per budget."""
+    asked: list[Any] = []
+
+    def calibrate_plans(pipe: Any, prompts: Any, **options: Any) -> Front:
+        asked.append((prompts, options))
+        return Front()
+
+    monkeypatch.setattr(thg_engine, "calibrate_plans", calibrate_plans, raising=False)
+    settings = Settings(**{**TINY, "budgets": (3, 5)})
+    for _ in range(2):
+        found = [*ours.our_methods(flow_box(), settings, tmp_path, lambda _text: None)]
+    assert len(asked) == 1
+    assert asked[0][1] == {"guidance_scales": (2.0, 5.0), "seed": 900_000}
+    assert not {*asked[0][0]} & {*cli_prompts(settings)}
+    names = [method.name for method in found if "plan" in method.name]
+    assert names == ["calibrated plan, 3 NFE", "calibrated plan, 5 NFE"]
+    compiled: list[Any] = []
+    monkeypatch.setattr(thg_engine, "compile", lambda pipe, **kwargs: compiled.append(kwargs))
+    with found[-1].change(flow_box(), 50):
+        assert compiled == [{"calibration": tmp_path / "plans-flow.json", "nfe": 5}]
+
+
+def cli_prompts(settings: Settings) -> list[str]:
+    return evaluate.report_prompts(settings.prompts)
+
+
+def test_plots_hold_every_curve(tmp_path: Path) -> None:
+    base = {"pipeline": "sd", "guidance_scale": 5.0, "solver": "ddim", "seconds": 1.0}
+    more = {"rel_error": 0.1, "rel_error_ci95": [-0.1, 0.3], "psnr_to_same_n": None}
+    rows = [
+        {**base, **more, "method": name, "ours": mine, "nfe": nfe, "psnr_to_converged": 30.0}
+        | {"ci95": [29.0, 31.0]}
+        for name, mine, nfe in [
+            ("calibrated plan, 40 NFE", True, 40.0),
+            ("calibrated plan, 20 NFE", True, 20.0),
+            ("CFG", False, 20.0),
+        ]
+    ]
+    curves = curves_of(rows)
+    assert list(curves) == ["CFG, ddim", "calibrated plan, ddim"]
+    assert [row["nfe"] for row in curves["calibrated plan, ddim"]] == [20.0, 40.0]
+    (path,) = plot_rows(rows, tmp_path)
+    assert path.name == "sd-w5.png" and path.stat().st_size > 10_000
+
+
+def test_missing_flow_is_left_out_of_all(monkeypatch: Any, tmp_path: Path) -> None:
+    from thg_engine.errors import MissingWeights
+
+    def load(name: str) -> Any:
+        if name == "flow":
+            raise MissingWeights("not there")
+        return sd_box()
+
+    monkeypatch.setattr("thg_engine.evaluation.box.load_box", load)
+    store, said = Store(tmp_path / "evaluate.json", {"seeds": 3}, {}), []
+    assert cli._boxes(("sd", "flow"), True, store, said.append) == [sd_box()]
+    assert "not there" in said[0]
+    with pytest.raises(MissingWeights):
+        cli._boxes(("flow",), False, store, said.append)

@@ -1,0 +1,78 @@
+"""The tables of an evaluation for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def tables(rows: Sequence[dict[str, Any]], quality: Sequence[dict[str, Any]]) -> Iterator[Table]:
+    """Work-precision rows, then quality rows, a table per pipeline and scale."""
+    for title, some in _groups(rows):
+        yield _curves_table(title, some)
+    for title, some in _groups(quality):
+        yield _quality_table(title, some)
+
+
+def _groups(
+    rows: Sequence[dict[str, Any]],
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    keys = dict.fromkeys((row["pipeline"], row["guidance_scale"]) for row in rows)
+    for key in keys:
+        some = [row for row in rows if (row["pipeline"], row["guidance_scale"]) == key]
+        yield f"{key[0]}, w = {key[1]:g}", some
+
+
+def _table(title: str, heads: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table(title=title)
+    for i, head in enumerate(heads):
+        table.add_column(head, justify="left" if i < 2 else "right", no_wrap=i < 2)
+    return table
+
+
+def _curves_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """By NFE, so that what costs the same stands together."""
+    heads = ("method", "solver", "N", "NFE", "s/image", "PSNR to converged", "95 %", "to same N")
+    table = _table(f"{title}, c2 = {rows[0]['c2']:.2f}", (*heads, "rel. error"))
+    for row in sorted(rows, key=lambda row: (row["nfe"], -row["psnr_to_converged"])):
+        interval = row["ci95"]
+        same_n = row["psnr_to_same_n"]
+        table.add_row(
+            row["method"] + (" *" if row["ours"] else ""),
+            row["solver"],
+            str(row["num_steps"]),
+            f"{row['nfe']:.4g}",
+            f"{row['seconds']:.4f}",
+            f"{row['psnr_to_converged']:.1f} dB",
+            "-" if interval is None else f"{interval[0]:.1f} to {interval[1]:.1f}",
+            "-" if same_n is None else f"{same_n:.1f} dB",
+            f"{100 * row['rel_error']:.2f} %",
+            style="bold" if row["ours"] else "",
+        )
+    return table
+
+
+def _quality_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    first = rows[0]
+    floors = f"Frechet {first['frechet_floor']:.2f}, kernel {first['kernel_floor']:.4f}"
+    about = f"{title}: {first['images']} images against {first['reference']}; floor: {floors}"
+    heads = ("method", "solver", "N", "NFE", "class acc.", "attribute acc.", "Frechet", "kernel")
+    table = _table(about, heads)
+    for row in rows:
+        table.add_row(
+            row["method"] + (" *" if row["ours"] else ""),
+            row["solver"],
+            str(row["num_steps"]),
+            f"{row['nfe']:.4g}",
+            f"{100 * row['class_accuracy']:.1f} %",
+            f"{100 * row['attribute_accuracy']:.1f} %",
+            f"{row['frechet']:.2f}",
+            f"{row['kernel']:.4f}",
+            style="bold" if row["ours"] else "",
+        )
+    return table
