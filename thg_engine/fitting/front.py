@@ -145,9 +145,7 @@ def base_plan(
 ) -> SamplingPlan:
     """The rows of ``entry`` before any correction."""
     points = [schedule.point(t) for t in entry.timesteps]
-    table = solver_table(
-        get_solver(entry.solver), [*points, Point(0.0, 1.0, 0.0)], prediction_type
-    )
+    table = solver_table(get_solver(entry.solver), [*points, Point(0.0, 1.0, 0.0)], prediction_type)
     guidance = CFG() if entry.is_full else THG(grid=entry.coarse_rows, reuse="linear")
     return plan_from_table(table, guidance, guidance_scale)
 

@@ -55,8 +55,8 @@ class Products:
     @classmethod
     def unpacked(cls, packed: Tensor, k: int) -> Products:
         """From `packed`."""
-        gram, moment, energy = packed.split([k * k, k, 1], dim=1)
-        return cls(gram.unflatten(1, (k, k)), moment, energy[:, 0])
+        gram, moment, energy = torch.split(packed, [k * k, k, 1], dim=1)
+        return cls(gram.reshape(-1, k, k), moment, energy[:, 0])
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def cross_validated(products: Products) -> Fit:
 def _left_out(gram: Tensor, moment: Tensor, energy: Tensor, folds: Tensor, mu: float) -> float:
     """Squared error on each fold of the fit to all the others."""
     error = 0.0
-    for fold in folds.unique():
+    for fold in range(int(folds.max()) + 1):
         out = folds == fold
         b = _solve(gram[~out].sum(0), moment[~out].sum(0), mu)
         error += float(energy[out].sum() - 2 * b @ moment[out].sum(0) + b @ gram[out].sum(0) @ b)
@@ -107,4 +107,5 @@ def _left_out(gram: Tensor, moment: Tensor, energy: Tensor, folds: Tensor, mu: f
 def _solve(gram: Tensor, moment: Tensor, mu: float) -> Tensor:
     # The trace is k where the features are scaled, whatever the number of samples left in.
     penalty = mu * torch.eye(len(moment), dtype=gram.dtype, device=gram.device)
-    return torch.linalg.solve(gram + penalty, moment)
+    solution: Tensor = torch.linalg.solve(gram + penalty, moment)
+    return solution

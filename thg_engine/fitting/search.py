@@ -240,7 +240,10 @@ def fitted(task: Task, grid: Grid, runs: Converged) -> ScaleFit:
     key = f"fit-{scale:g}-" + "-".join(f"{j}{'b' * (j in grid.both)}" for j in grid.nodes)
     found = task.store.json(key)
     if found is not None:
-        rows = [Correction(*map(tuple, row[:3]), row[3]) for row in found.pop("corrections")]
+        rows = [
+            Correction(tuple(x), tuple(c), tuple(d), gain)
+            for x, c, d, gain in found.pop("corrections")
+        ]
         return ScaleFit(**found, corrections=tuple(rows))
     entry = entry_of(task, grid, ())
     base = base_plan(entry, task.schedule, task.prediction_type, scale)
@@ -250,7 +253,9 @@ def fitted(task: Task, grid: Grid, runs: Converged) -> ScaleFit:
     better = errors(task.engine, corrected(base, corrections), runs.held_out, task.gather)
     if not float(better.mean()) < float(plain.mean()):
         better, corrections = plain, ()
-    fit = ScaleFit(scale, float(better.mean()), half_width(better), float(plain.mean()), corrections)
+    fit = ScaleFit(
+        scale, float(better.mean()), half_width(better), float(plain.mean()), corrections
+    )
     rows_as_lists = [[c.samples, c.conds, c.deltas, c.gain] for c in corrections]
     task.store.put_json(key, {**_numbers(fit), "corrections": rows_as_lists})
     return fit

@@ -92,7 +92,7 @@ class SpanErrors:
         older = before if a == j else self._before(a, t)
         if older is not None and older != a:
             features.append(deltas + older)
-        return self.growth[t] ** 2 * self._residual(t, features) / self.size
+        return float(self.growth[t] ** 2 * self._residual(t, features) / self.size)
 
     def _residual(self, target: int, features: list[int]) -> float:
         gram = self.gram[np.ix_(features, features)]
@@ -152,8 +152,9 @@ class _Search:
         value[min(self.both_cost, self.budget), 0, 0] = 0.0
         for spent in range(self.both_cost, self.budget + 1):
             self._leave(spent, table, value, came)
-        spent, a = np.unravel_index(np.argmin(value[:, last]), value[:, last].shape)
-        return self._path(int(spent), int(a), came)
+        ends = value[:, last]
+        spent, a = (int(v) for v in np.unravel_index(np.argmin(ends), ends.shape))
+        return self._path(spent, a, came)
 
     def _errors(self) -> Float64s:
         """e(j, a, t), infinite where nothing may jump."""
@@ -184,7 +185,9 @@ class _Search:
             better = best < value[after, :last]
             value[after, :last][better] = best[better]
             came[after, :last, :, 0][better] = found[better]
-            came[after, :last, :, 1][better] = np.broadcast_to(np.arange(last), (last, last))[better]
+            came[after, :last, :, 1][better] = np.broadcast_to(np.arange(last), (last, last))[
+                better
+            ]
         after = spent + self.both_cost
         if after <= self.budget:
             flat = inner.reshape(-1, last)

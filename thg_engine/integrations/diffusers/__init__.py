@@ -1,4 +1,4 @@
-"""diffusers pipelines: `compile`, `uncompile`, `calibrate`, `calibrate_plans`; the guider `TortoiseHareGuidance`."""
+"""diffusers pipelines: compiling them, calibrating them, and the guider."""
 
 from .calibrate import calibrate
 from .calibrate_plans import calibrate_plans

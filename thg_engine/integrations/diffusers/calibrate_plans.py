@@ -226,9 +226,7 @@ def _digest(texts: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(list(texts)).encode()).hexdigest()
 
 
-def _stock(
-    scheduler: Any, kind: str, prediction_type: str
-) -> dict[tuple[str, int], StockPlan]:
+def _stock(scheduler: Any, kind: str, prediction_type: str) -> dict[tuple[str, int], StockPlan]:
     """Plans of ordinary solvers under full guidance."""
     found: dict[tuple[str, int], StockPlan] = {}
     for name in STOCK_BY_KIND[kind]:

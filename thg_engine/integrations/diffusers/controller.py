@@ -350,8 +350,11 @@ class Controller:
         """Rows and plan of the call in progress: the timesteps are set, truncation is known."""
         scale = scale_of(run.pipe, run.record, run.arguments)
         rows = num_rows_of(run.pipe, run.arguments)
-        if isinstance(run.pipe.scheduler, PlanScheduler):
-            return run.pipe.scheduler.rows_and_plan(scale, rows, full)
+        scheduler: Any = run.pipe.scheduler
+        if isinstance(scheduler, PlanScheduler):
+            planned: tuple[tuple[GuidanceRow, ...], SamplingPlan]
+            planned = scheduler.rows_and_plan(scale, rows, full)
+            return planned
         return self._plan(run.pipe.scheduler, rows, scale, CFG() if full else self.guidance)
 
     def _fuse(
@@ -363,8 +366,10 @@ class Controller:
     ) -> FusedPlan | str:
         """The call's plan with solver columns, or why it has none; runs from ``sample``."""
         scale = self._scale(run)
-        if isinstance(run.pipe.scheduler, PlanScheduler):
-            return run.pipe.scheduler.fused(scale)
+        scheduler: Any = run.pipe.scheduler
+        if isinstance(scheduler, PlanScheduler):
+            fitted: FusedPlan = scheduler.fused(scale)
+            return fitted
         full = all(row.evaluates_both and row.boost == 1.0 for row in rows)
         if full and self.settings.fused is None:
             return "full guidance leaves the scheduler alone, so that images are bit-identical"

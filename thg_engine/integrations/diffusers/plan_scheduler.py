@@ -59,9 +59,7 @@ class PlannedCall:
         """What each row says about guidance."""
         arguments = (self.schedule, self.prediction_type, self.guidance_scale)
         base = base_plan(self.choice.entry, *arguments)
-        return PlannedRows(base).rows(
-            [row.lambda_t for row in base.rows], self.guidance_scale
-        )
+        return PlannedRows(base).rows([row.lambda_t for row in base.rows], self.guidance_scale)
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -87,7 +85,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     order = 1
     init_noise_sigma = 1.0
 
-    @register_to_config
+    @register_to_config  # type: ignore[untyped-decorator]
     def __init__(self, num_train_timesteps: int = 1000) -> None:
         self._choose: Callable[[int], PlannedCall] | None = None
         self.call: PlannedCall | None = None
@@ -99,7 +97,7 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     @classmethod
     def beside(cls, scheduler: Any, choose: Callable[[int], PlannedCall]) -> PlanScheduler:
         """In place of ``scheduler``, whose configuration pipelines go on to read."""
-        made = cls()
+        made: PlanScheduler = cls()
         made._internal_dict = scheduler.config
         made._choose = choose
         return made
@@ -135,7 +133,12 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return sample
 
     def step(
-        self, model_output: Tensor, timestep: Any, sample: Tensor, return_dict: bool = True, **_: Any
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        return_dict: bool = True,
+        **_: Any,
     ) -> Any:
         """One base row from a guided output."""
         index = self._step_index or 0

@@ -19,7 +19,7 @@ from ...fitting.choose import Choice, Target, choose, stock_error
 from ...fitting.front import PlanEntry, PlanFront
 from ...schedule import NoiseSchedule, prediction_type
 from .captured import Captured, noise
-from .plan_scheduler import PlanScheduler, PlannedCall
+from .plan_scheduler import PlannedCall, PlanScheduler
 from .resolve import fingerprint
 
 USUAL_STEPS, USUAL_SCALE = 50, 7.5
@@ -211,4 +211,3 @@ def _now(x: torch.Tensor) -> float:
     if x.is_cuda:
         torch.cuda.synchronize(x.device)
     return time.perf_counter()
-
