@@ -65,14 +65,19 @@ ALLOWED: dict[str, set[str]] = {
     "demo": {*CORE, "", DIFFUSERS, "doctor"},
     "evaluation": {*CORE, "", DIFFUSERS, "fitting", "demo", "doctor"},
     "reproduce": {*CORE, "", DIFFUSERS, "demo", "doctor"},
-    "cli": {*CORE, "", DIFFUSERS, "fitting", "demo", "doctor", "evaluation", "reproduce"},
+    "cli_checks": {"errors"},
+    "cli_calibrate": {*CORE, "", DIFFUSERS, "fitting", "demo", "cli_checks"},
+    "cli": {
+        *(*CORE, "", DIFFUSERS, "demo", "doctor", "evaluation", "reproduce"),
+        *("cli_calibrate", "cli_checks"),
+    },
     "adapters": {DIFFUSERS},
     "": {*CORE, DIFFUSERS, "fitting", "demo", "adapters"},
 }
 # Only these know diffusers or transformers at all; only integrations.diffusers at module level.
 KNOW_DIFFUSERS = {DIFFUSERS, "demo", "evaluation", "reproduce"}
 # Only these may import the integration, and only inside a function.
-LAZY_INTEGRATION = {"", "cli", "demo", "evaluation", "reproduce"}
+LAZY_INTEGRATION = {"", "cli", "cli_calibrate", "demo", "evaluation", "reproduce"}
 # "adapters" is the integration's own face: whoever imports it wants the integration.
 MAY_USE_KERNELS = {"packing", "step_buffers", "run", "engine", "doctor", DIFFUSERS}
 HEAVY = {"diffusers", "transformers"}

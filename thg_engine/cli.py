@@ -8,21 +8,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import __version__
-from .errors import InvalidArgument, ThgError
+from .cli_calibrate import add_parser as _add_calibrate
+from .cli_checks import writable
+from .errors import ThgError
 from .evaluation.cli import add_parser as _add_evaluate
 from .reproduce.cli import add_parser as _add_reproduce
 
 if TYPE_CHECKING:
     from rich.table import Table
-
-    from .curves import Calibration
 
 EPILOG = """\
 examples:
@@ -31,6 +30,8 @@ examples:
   thg-engine evaluate --quick --out eval     work-precision curves against every baseline
   thg-engine calibrate runwayml/stable-diffusion-v1-5 --prompts captions.txt --out sd15.json
                                              then: thg_engine.compile(pipe, calibration="sd15.json")
+  thg-engine calibrate MODEL --plans --prompts captions.txt --out plans.json
+                         then: thg_engine.compile(pipe, calibration="plans.json", speedup=2.0)
   thg-engine reproduce --list                the paper's tables, for those who have the weights
 """
 
@@ -74,29 +75,6 @@ def _add_demo(commands: Any) -> None:
     demo.set_defaults(run=_demo)
 
 
-def _add_calibrate(commands: Any) -> None:
-    calibrate = commands.add_parser(
-        "calibrate",
-        help="measure a model's error curves",
-        description="Measures the local errors of tortoise and hare (Algorithm 3 of the paper) on "
-        "your prompts and saves them; one file serves every number of steps and budget. "
-        "Costs 4 evaluations per step and prompt. The prompts are measured in two halves, and how "
-        "well their grids agree is printed.",
-    )
-    calibrate.add_argument("model", metavar="MODEL", help="folder, hub name, or 'demo'")
-    calibrate.add_argument(
-        "--prompts", type=Path, required=True, metavar="FILE", help="one per line"
-    )
-    calibrate.add_argument("--out", type=Path, metavar="FILE", help="(calibration.json)")
-    calibrate.add_argument("--guidance-scale", type=float, default=7.5, help="w (7.5)")
-    calibrate.add_argument("--steps", type=int, default=50, help="fine steps (50)")
-    calibrate.add_argument("--solver", default="ddim", help="ddim, dpm2, dpmpp2m, lms2, flow_euler")
-    calibrate.add_argument("--negative-prompt", default="")
-    calibrate.add_argument("--batch-size", type=int, default=8)
-    calibrate.add_argument("--seed", type=int, default=0)
-    calibrate.set_defaults(run=_calibrate)
-
-
 def _demo(args: argparse.Namespace) -> None:
     """``thg-engine demo``."""
     from rich.console import Console
@@ -109,7 +87,7 @@ def _demo(args: argparse.Namespace) -> None:
     if args.images is not None:
         size["images"] = args.images
     settings = Settings(**size, guidance_scale=args.guidance_scale, seed=args.seed)
-    _writable(args.out)
+    writable(args.out)
     result = compare(settings)
     sheet = contact_sheet(**result.pop("sheet"))
     sheet.save(args.out / "demo.png")
@@ -150,60 +128,6 @@ def demo_table(rows: Sequence[dict[str, Any]], guidance_scale: float) -> Table:
     return table
 
 
-def _calibrate(args: argparse.Namespace) -> None:
-    """``thg-engine calibrate``."""
-    from rich.console import Console
-
-    from .calibration import merge
-    from .integrations.diffusers import calibrate
-
-    prompts = _read_prompts(args.prompts)
-    out = args.out or Path("calibration.json")
-    _writable(out.parent)
-    pipe = _load(args.model)
-    halves = [prompts[0::2], prompts[1::2]]
-    curves = [
-        calibrate(
-            pipe,
-            half,
-            negative_prompt=args.negative_prompt,
-            guidance_scale=args.guidance_scale,
-            num_inference_steps=args.steps,
-            solver=args.solver,
-            batch_size=args.batch_size,
-            seed=args.seed + i,
-            model=args.model,
-        )
-        for i, half in enumerate(halves)
-    ]
-    whole = merge(curves, prompts)
-    whole.save(out)
-    console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(calibration_table(whole, curves))
-    console.print(f"wrote {out}; use it with thg_engine.compile(pipe, calibration={str(out)!r})")
-
-
-def calibration_table(whole: Calibration, halves: Sequence[Calibration]) -> Table:
-    """Grids for several budgets, and how well two disjoint halves of the prompts agree on them."""
-    from rich.table import Table
-
-    from .grid import grid_for_nfe, grid_iou
-
-    scale, lambdas = whole.guidance_scale, whole.lambdas
-    table = Table(title=f"{whole.model}: N = {whole.num_steps}, w = {scale:g}")
-    for head in ("share", "NFE", "both branches at rows", "IoU of halves"):
-        table.add_column(head)
-    for share in (0.6, 0.7, 0.8):
-        budget = round(2 * share * len(lambdas))
-        grid, first, second = (
-            grid_for_nfe(curves, lambdas, scale, budget) for curves in (whole, *halves)
-        )
-        nfe = str(len(lambdas) + len(grid))
-        agreement = f"{100 * grid_iou(first, second):.0f} %"
-        table.add_row(f"{100 * share:.0f} %", nfe, " ".join(map(str, grid)), agreement)
-    return table
-
-
 def _doctor(args: argparse.Namespace) -> None:
     """``thg-engine doctor``."""
     from rich.console import Console
@@ -211,40 +135,6 @@ def _doctor(args: argparse.Namespace) -> None:
     from .doctor import print_report
 
     print_report(Console(width=None if sys.stdout.isatty() else 120))
-
-
-def _load(model: str) -> Any:
-    if model == "demo":
-        from .demo import load_pipeline
-
-        return load_pipeline()
-    from .integrations.diffusers.loading import load
-
-    return load(model)
-
-
-def _read_prompts(path: Path) -> list[str]:
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        remedy = f"give a readable text file, one caption per line ({error})."
-        raise InvalidArgument("--prompts", str(path), remedy) from error
-    captions = [line.strip() for line in lines if line.strip()]
-    if len(captions) < 2:
-        remedy = f"give at least two captions, one per line; it has {len(captions)}."
-        raise InvalidArgument("--prompts", str(path), remedy)
-    return captions
-
-
-def _writable(folder: Path) -> None:
-    """Make ``folder``; found out before minutes of work, not after."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError as error:
-        raise InvalidArgument("--out", str(folder), f"cannot be made ({error}).") from error
-    if not writable:
-        raise InvalidArgument("--out", str(folder), "is not writable; give another folder.")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -53,9 +53,18 @@ def chosen_front(box: Box, settings: Settings, folder: Path, say: Say) -> Path |
     path = folder / f"plans-{box.name}.json"
     if not path.exists():
         prompts = selection_prompts(settings.selection_prompts)
-        scales = tuple(sorted({*settings.guidance_scales, *settings.quality_scales}))
+        # The largest first: grids are chosen there, where errors are largest.
+        scales = sorted({*settings.guidance_scales, *settings.quality_scales}, reverse=True)
         with box.as_before():
-            front = calibrate_plans(box.pipe, prompts, guidance_scales=scales, seed=SELECTION_SEED)
+            front = calibrate_plans(
+                box.pipe,
+                prompts,
+                guidance_scales=scales,
+                budgets=settings.budgets,
+                seed=SELECTION_SEED,
+                work_dir=folder / "calibration",
+                **box.options,
+            )
         front.save(path)
     return path
 
