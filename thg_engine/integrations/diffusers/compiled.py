@@ -28,7 +28,7 @@ from .controller import Controller
 from .guided import GuiderSwap, denoiser_of_guided, guiders_of, swap_guider
 from .guided_controller import GuidedController
 from .networks import Networks
-from .planned import check_drift, target_of
+from .planned import check_drift, shipped_for, target_of
 from .reasons import reason_for
 from .records import RECORDS
 from .resolve import load_calibration, resolve_guidance
@@ -96,7 +96,8 @@ def compile(
         denoiser: "compile" compiles the repeated blocks of the denoiser with torch.compile.
         attention: "sdpa", "xformers" or "native" (plain matrix products); None leaves it.
         speedup: over full guidance with as many steps as the call asks for, in denoiser time; needs
-            fitted plans, as do ``seconds`` and ``match``.
+            fitted plans, as do ``seconds`` and ``match``: those of ``calibration``, or of the
+            pipelines in the box.
         seconds: of all denoiser calls of one image.
         match: the cheapest plan as accurate as an ordinary solver, e.g. "dpm++2m@50". The default
             with fitted plans and no budget: ``match`` of DPM-Solver++ 2M with 50 steps.
@@ -111,7 +112,10 @@ def compile(
     _check(pipe, fused=fused, graph=graph)
     check_tuning(denoiser, attention)
     curves, front = load_calibration(calibration)
-    target = target_of(front, guidance, nfe=nfe, speedup=speedup, seconds=seconds, match=match)
+    wanted = {"speedup": speedup, "seconds": seconds, "match": match}
+    if calibration is None and any(value is not None for value in wanted.values()):
+        front = shipped_for(pipe)
+    target = target_of(front, guidance, nfe=nfe, **wanted)
     check_drift(drift)
     budget = None if target is not None else nfe
     tuning = (fused, graph, denoiser, attention)

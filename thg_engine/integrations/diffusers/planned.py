@@ -17,7 +17,9 @@ from ...doctor import machine_line
 from ...errors import CalibrationError, InvalidArgument, UnsupportedPipeline
 from ...fitting.choose import Choice, Target, choose, stock_error
 from ...fitting.front import PlanEntry, PlanFront
+from ...fitting.shipped import shipped_front
 from ...schedule import NoiseSchedule, prediction_type
+from .adapters import find_record
 from .captured import Captured, noise
 from .plan_scheduler import PlannedCall, PlanScheduler
 from .resolve import fingerprint
@@ -65,6 +67,13 @@ def target_of(front: PlanFront | None, guidance: Any, **wanted: Any) -> Target |
     if target.match is not None:
         stock_error(front, target.match, _usual_scale(front))
     return target
+
+
+def shipped_for(pipe: Any) -> PlanFront | None:
+    """The front in the package for the architecture of ``pipe``."""
+    record = find_record(type(pipe))
+    module = None if record is None else getattr(pipe, record.denoiser, None)
+    return None if module is None else shipped_front(fingerprint(module))
 
 
 def check_drift(drift: object) -> None:
