@@ -94,9 +94,13 @@ class PlanEntry:
     def error_at(self, guidance_scale: float) -> float:
         """Expected relative error, interpolated in w; that of the base rows beyond the fits."""
         low, high, share = self._between(guidance_scale)
-        if self.covers(guidance_scale):
-            return math.exp((1 - share) * math.log(low.error) + share * math.log(high.error))
-        return low.base_error
+        if not self.covers(guidance_scale):
+            return low.base_error
+        pairs = (low.error, high.error)
+        if not (low.corrections and high.corrections):
+            # Between scales of which one was not fitted the base rows run.
+            pairs = (low.base_error, high.base_error)
+        return math.exp((1 - share) * math.log(pairs[0]) + share * math.log(pairs[1]))
 
     def covers(self, guidance_scale: float) -> bool:
         """Whether w lies among the scales that the rows were fitted at."""
@@ -112,7 +116,7 @@ class PlanEntry:
         """The rows at ``guidance_scale``.
 
         Corrections are interpolated linearly between the two nearest calibrated scales; beyond them
-        the base rows run, which a note says.
+        the base rows run, which the report of a pipeline says.
         """
         base = base_plan(self, schedule, prediction_type, guidance_scale)
         if not self.covers(guidance_scale):
