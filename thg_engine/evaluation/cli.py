@@ -74,7 +74,7 @@ def run_evaluation(args: argparse.Namespace, say: Any) -> tuple[dict[str, Any], 
 
     path = args.out / "evaluate.json"
     store = Store(path, settings.document(), {"machine": machine_line()})
-    for box in _boxes(settings.pipelines, args.pipeline == "all", store, say):
+    for box in _boxes(settings.pipelines, args.pipeline in (None, "all"), store, say):
         evaluate(box, settings, store, say)
     store.save(force=True)
     return store.document, [path, *plot_rows(store.document["rows"], args.out)]
@@ -86,7 +86,9 @@ def settings_of(args: argparse.Namespace) -> Any:
     from .settings import BOXES, QUICK, Settings
 
     given: dict[str, Any] = dict(QUICK) if args.quick else {}
-    given["pipelines"] = BOXES if args.pipeline == "all" else (args.pipeline,)
+    given["pipelines"] = BOXES if args.pipeline == "all" else (args.pipeline or "sd",)
+    if args.pipeline is None and not args.quick:
+        given["pipelines"] = BOXES
     names = ("guidance_scales", "quality_scales", "prompts", "seeds", "seed", "quality_images")
     for name in (*names, "data"):
         value = getattr(args, name)

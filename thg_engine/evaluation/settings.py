@@ -97,12 +97,13 @@ class Settings:
 
 QUICK: dict[str, Any] = {
     "guidance_scales": (5.0,),
+    "quality_scales": (2.0, 7.5),
     "solver_steps": (10, 20),
     "main_steps": (50,),
     "reuse_steps": (10, 20),
     "reuse_solvers": ("ddim",),
     "prompts": 4,
-    "selection_prompts": 4,
+    "selection_prompts": 12,
     "seeds": 3,
     "reference_steps": 200,
     "quality_images": 32,

@@ -102,7 +102,8 @@ def choose(
         seconds: (one branch, both branches) of a denoiser call, as measured here.
     """
     c2 = seconds[1] / seconds[0]
-    plans = front.pareto(guidance_scale, c2)
+    # Where evaluations are counted, a plan that time rules out may be the best.
+    plans = front.pareto(guidance_scale, c2 if target.nfe is None else 2.0)
     if target.match is not None:
         entry, unmet = _matching(front, plans, target.match, guidance_scale)
     else:
@@ -154,11 +155,11 @@ def stock_error(front: PlanFront, match: str, guidance_scale: float) -> float:
         InvalidArgument: a solver that was not measured, or steps beyond those that were.
     """
     solver, num_steps = parse_match(match)
-    scales = sorted({entry.guidance_scale for entry in front.stock})
     known = [e for e in front.stock if e.solver == solver]
     if not known:
         names = ", ".join(sorted({entry.solver for entry in front.stock})) or "none"
         raise InvalidArgument("match", match, f"measured in this calibration: {names}.")
+    scales = sorted({entry.guidance_scale for entry in known})
     nearest = min(scales, key=lambda scale: abs(scale - guidance_scale))
     rows = sorted((e.num_steps, e.error) for e in known if e.guidance_scale == nearest)
     if not rows[0][0] <= num_steps <= rows[-1][0]:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +94,13 @@ class PlanEntry:
     def error_at(self, guidance_scale: float) -> float:
         """Expected relative error, interpolated in w; that of the base rows beyond the fits."""
         low, high, share = self._between(guidance_scale)
-        if self.covers(guidance_scale):
-            return math.exp((1 - share) * math.log(low.error) + share * math.log(high.error))
-        return low.base_error
+        if not self.covers(guidance_scale):
+            return low.base_error
+        pairs = (low.error, high.error)
+        if not (low.corrections and high.corrections):
+            # Between scales of which one was not fitted the base rows run.
+            pairs = (low.base_error, high.base_error)
+        return math.exp((1 - share) * math.log(pairs[0]) + share * math.log(pairs[1]))
 
     def covers(self, guidance_scale: float) -> bool:
         """Whether w lies among the scales that the rows were fitted at."""
@@ -112,7 +116,7 @@ class PlanEntry:
         """The rows at ``guidance_scale``.
 
         Corrections are interpolated linearly between the two nearest calibrated scales; beyond them
-        the base rows run, which a note says.
+        the base rows run, which the report of a pipeline says.
         """
         base = base_plan(self, schedule, prediction_type, guidance_scale)
         if not self.covers(guidance_scale):
@@ -305,19 +309,28 @@ def _compact(row: dict[str, Any]) -> list[Any]:
 
 
 def _entry(document: dict[str, Any]) -> PlanEntry:
-    """A plan from its JSON object; `PlanEntry` of another length than its grid is refused."""
+    """A plan from its JSON object.
+
+    Raises:
+        ValueError: numbers that no plan can have.
+    """
     fits = []
     for each in document["fits"]:
         rows = [Correction(tuple(x), tuple(c), tuple(d), g) for x, c, d, g in each["corrections"]]
         if rows and len(rows) != len(document["timesteps"]):
             raise ValueError("a plan needs one correction per timestep")
         fits.append(ScaleFit(**{**each, "corrections": tuple(rows)}))
-    return PlanEntry(
-        document["solver"],
-        tuple(document["timesteps"]),
-        tuple(document["coarse_rows"]),
-        tuple(fits),
-    )
+    timesteps, coarse = tuple(document["timesteps"]), tuple(document["coarse_rows"])
+    get_solver(document["solver"])
+    if not timesteps or any(not b < a for a, b in pairwise(timesteps)):
+        raise ValueError("the timesteps of a plan fall")
+    if coarse[:1] != (0,) or any(not a < b < len(timesteps) for a, b in pairwise(coarse)):
+        raise ValueError("coarse_rows of a plan begin with 0 and grow")
+    if any(not a.guidance_scale < b.guidance_scale for a, b in pairwise(fits)):
+        raise ValueError("the guidance scales of a plan grow")
+    if any(not 0.0 < error < math.inf for fit in fits for error in (fit.error, fit.base_error)):
+        raise ValueError("the errors of a plan are positive numbers")
+    return PlanEntry(document["solver"], timesteps, coarse, tuple(fits))
 
 
 def _tuples(document: dict[str, Any]) -> dict[str, Any]:

@@ -25,8 +25,6 @@ Float64s = NDArray[np.float64]
 
 RIDGE = 1e-8
 """Relative to each feature's size; far below the errors that matter."""
-MAX_HOLD = 4
-"""Rows that a delta may serve beyond its own."""
 UNIT = 10
 """Costs are counted in tenths of an evaluation."""
 
@@ -97,6 +95,7 @@ class SpanErrors:
     def _residual(self, target: int, features: list[int]) -> float:
         gram = self.gram[np.ix_(features, features)]
         scale = np.sqrt(np.diag(gram))
+        scale[scale == 0.0] = 1.0  # a delta of two equal branches
         gram, moment = gram / np.outer(scale, scale), self.gram[features, target] / scale
         b = np.linalg.solve(gram + RIDGE * np.eye(len(features)), moment)
         energy = self.gram[target, target]
@@ -112,8 +111,9 @@ class SpanErrors:
         return table
 
     def best_full(self, num_rows: int) -> Grid:
-        """The best grid of ``num_rows`` rows that all evaluate both branches."""
+        """The best grid of ``num_rows`` rows, or as many as there are, all with both branches."""
         last = self.nodes.last
+        num_rows = min(num_rows, last)  # no node is visited twice
         cost = np.full((num_rows + 1, last + 1), np.inf)
         came = np.zeros((num_rows + 1, last + 1), dtype=int)
         cost[0, 0] = 0.0

@@ -24,6 +24,11 @@ def call_arguments(
     return dict(bound.arguments)
 
 
+def has_own_grid(arguments: Mapping[str, Any]) -> bool:
+    """Whether the caller has given timesteps or sigmas."""
+    return any(arguments.get(name) is not None for name in ("timesteps", "sigmas"))
+
+
 def scale_of(pipe: Any, record: AdapterRecord, arguments: Mapping[str, Any]) -> float:
     """w of the call at this moment; its mean where frames have one each."""
     kept = hasattr(type(pipe), record.scale)

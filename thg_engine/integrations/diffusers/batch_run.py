@@ -127,6 +127,8 @@ class BatchRun(PipelineRun):
         row = self._rows[index]
         if row.evaluates_both or self._is_short(index, row) or self.fallbacks:
             return call
+        if self.drift is not None and self.drift.wants(index, self._skipped):
+            return call
         try:
             half = self._sliced(named, layout)
         except CannotSlice:
@@ -271,7 +273,7 @@ class BatchRun(PipelineRun):
         """The conditional output as ever, once the drift check has seen all branches."""
         cond, others = self._split(sample_of(output, self._layout))
         beside, fused = self._beside(cond), self.fused if self._guides else None
-        reused = fused.held(index, cond) if fused else self._held.reused(row, beside) / row.boost
+        reused = fused.held(index, cond) if fused else self._held.reused(row, beside)
         if self.drift is not None:
             self.drift.compare(reused, beside.float() - others.float())
         return self._conditional(index, row, with_sample(output, cond, self._layout))

@@ -6,7 +6,9 @@ which costs no evaluation. What the denoiser was given there stands for every la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +58,8 @@ class Captured:
         if record is None or networks.why_not(pipe, record):
             raise UnsupportedPipeline(f"{name} has no adapter record.")
         layout = None if record.calls else find_layout(networks.module)
+        if "strength" in inspect.signature(type(pipe).__call__).parameters:
+            raise UnsupportedPipeline(f"{name}: plans are fitted to runs that start from noise.")
         simple = not (record.experts or networks.companions or record.whole_step or record.anchor)
         if layout is None or record.branches != 2 or not simple or layout.outputs > 1:
             needed = "one call of one denoiser per step, with two branches in the batch"
@@ -86,6 +90,7 @@ class Captured:
             shape = getattr(sample, "shape", type(sample).__name__)
             message = f"its denoiser is given a sample of {shape} for {len(prompts)} prompts"
             raise UnsupportedPipeline(f"{type(self.pipe).__name__}: {message}.")
+        self._check_time(given)
         try:
             halves = [
                 slice_half(given, self.layout, half, 2)
@@ -95,6 +100,15 @@ class Captured:
             raise UnsupportedPipeline(f"{type(self.pipe).__name__}: {error}.") from error
         cond, uncond = (self._without_sample(half) for half in halves)
         return tuple(sample.shape[1:]), cond, uncond
+
+    def _check_time(self, given: dict[str, Any]) -> None:
+        """Refuse a denoiser that is told another time than the scheduler's."""
+        told, first = given.get("timestep"), self.pipe.scheduler.timesteps[0]
+        same = told is not None and torch.as_tensor(told).float().cpu() == first.float().cpu()
+        if not torch.as_tensor(same).all():
+            name = type(self.pipe).__name__
+            message = "its denoiser is told another time than the scheduler's timesteps"
+            raise UnsupportedPipeline(f"{name}: {message}.")
 
     def _without_sample(self, given: dict[str, Any]) -> dict[str, Any]:
         left_out = (self.layout.sample, "timestep", "return_dict")
@@ -108,9 +122,14 @@ class Captured:
             seen.append(by_name(module, args, kwargs))
             raise _Stop
 
+        # The call of the plain class: no plan runs, and no counter of a compiled pipeline moves.
+        call = getattr(type(self.pipe), "plain_call", type(self.pipe).__call__)
+        if "generator" in inspect.signature(type(self.pipe).__call__).parameters:
+            arguments["generator"] = torch.Generator()  # torch's own stays where it is
         handle = self.module.register_forward_pre_hook(stop, with_kwargs=True)
         try:
-            self.pipe(**arguments)
+            with _silent(self.pipe):
+                call(self.pipe, **arguments)
         except _Stop:
             pass
         finally:
@@ -131,6 +150,20 @@ class Captured:
             return sample_of(module(**given, return_dict=False), layout)
 
         return Engine(denoise, model_dtype=module.dtype, graph=False, watch=module)
+
+
+@contextmanager
+def _silent(pipe: Any) -> Iterator[None]:
+    """Without the pipeline's own progress bar, which would stop at its first step."""
+    before = vars(pipe).get("_progress_bar_config")
+    pipe._progress_bar_config = {**(before or {}), "disable": True}
+    try:
+        yield
+    finally:
+        if before is None:
+            del pipe._progress_bar_config
+        else:
+            pipe._progress_bar_config = before
 
 
 def noise(shape: tuple[int, ...], count: int, seed: int, like: torch.nn.Module) -> Tensor:

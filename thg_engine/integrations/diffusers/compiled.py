@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ...curves import Calibration
-from ...errors import InvalidArgument
+from ...errors import InvalidArgument, UnsupportedPipeline
 from ...fitting.front import PlanFront
 from ...guidance import Guidance
 from ...plan import SamplingPlan
@@ -108,6 +108,7 @@ def compile(
         InvalidArgument: an argument makes no sense; names it, its value and the remedy. The
             pipeline is then unchanged.
         CalibrationError: the calibration cannot be read or is of another architecture.
+        UnsupportedPipeline: fitted plans for a pipeline that they are not made for.
     """
     _check(pipe, fused=fused, graph=graph)
     check_tuning(denoiser, attention)
@@ -149,6 +150,11 @@ def compile_with(pipe: Any, settings: Settings) -> Any:
         controller.attach()
         return _under(pipe, controller)
     module = denoiser_of_guided(pipe) or torch.nn.Module()
+    if settings.front is not None and guiders_of(pipe):
+        needed = "plans are fitted to pipelines that guide in their own loop, not by a guider"
+        raise UnsupportedPipeline(f"{base.__name__}: {needed}.")
+    if settings.drift is not None and guiders_of(pipe):
+        raise InvalidArgument("drift", settings.drift, "leave it out: a guider holds its deltas.")
     method, notes = resolve_guidance(settings.guidance, settings.calibration, settings.nfe, module)
     with _as_before(pipe):
         swap = swap_guider(pipe, method, notes)
@@ -230,8 +236,12 @@ def _compiled_class(base: type[Any]) -> type[Any]:
         with controller.apart(self) as pipe:
             return controller.call(original, pipe, args, kwargs)
 
+    def plain_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return base.__call__(self, *args, **kwargs)
+
     body = {
         "__call__": call,
+        "plain_call": plain_call,
         "__module__": base.__module__,
         "__qualname__": base.__qualname__,
         "__doc__": base.__doc__,

@@ -24,7 +24,7 @@ from ...schedule import model_timesteps
 from . import hook
 from .adapter_types import AdapterRecord
 from .adapters import find_layout
-from .asking import call_arguments, num_rows_of, scale_of
+from .asking import call_arguments, has_own_grid, num_rows_of, scale_of
 from .batch_run import BatchRun
 from .callbacks import watch_callback
 from .calls_run import CallsRun
@@ -35,7 +35,7 @@ from .networks import Networks
 from .plan_scheduler import PlanScheduler
 from .planned import Planner
 from .planning import ChosenRows, FusedPlan, fused_plan, in_branches, noise_levels
-from .report import call_lines, plan_lines, switch_lines, tuning_lines
+from .report import call_lines, graph_line, plan_lines, step_line, switch_lines, tuning_lines
 from .resolve import resolve_guidance
 from .run import PipelineRun
 from .settings import Settings
@@ -103,8 +103,8 @@ class Controller:
     def plan(self) -> SamplingPlan | None:
         """Plan of the last call (None if guidance was off).
 
-        Before the first call the finished plan that was given, or one for 50 steps if 50 can be
-        run within the budget, else None.
+        Before the first call the finished plan that was given, that of a usual call where plans
+        were calibrated, or one for 50 steps if 50 can be run within the budget, else None.
         """
         if self._last is not None:
             return self._last.plan
@@ -113,6 +113,8 @@ class Controller:
         pipe = None if self._pipe is None else self._pipe()
         if pipe is None or self.guidance is None:
             return None
+        if self._planner is not None:
+            return self._planner.preview(pipe.scheduler)
         try:
             return self.preview(pipe.scheduler)
         except InvalidArgument:
@@ -138,6 +140,8 @@ class Controller:
         if not isinstance(num_inference_steps, int) or num_inference_steps < 1:
             remedy = "give a whole number of steps, at least one."
             raise InvalidArgument("num_inference_steps", num_inference_steps, remedy)
+        if self._planner is not None:
+            return self._planner.preview(scheduler, num_inference_steps, guidance_scale)
         fresh = type(scheduler).from_config(scheduler.config)
         fresh.set_timesteps(num_inference_steps)
         return self._plan(fresh, len(model_timesteps(fresh)), guidance_scale, self.guidance)[1]
@@ -163,7 +167,7 @@ class Controller:
             "last_rows": 0 if last is None else last.calls,
             "last_extras": 0 if last is None else last.extras,
             "fallbacks": reasons,
-            "drift": dict(self._drift.found),
+            "drift": {row: list(found) for row, found in self._drift.found.items()},
             "graphs": self._graphs.report(),
         }
 
@@ -173,41 +177,18 @@ class Controller:
             return f"thg_engine: not active, {self.inactive}."
         method = "none" if self.guidance is None else self.guidance.name
         lines = [f"thg_engine: guidance {method}", *(f"  {note}" for note in self.notes)]
+        if self._planner is not None:
+            lines = ["thg_engine: calibrated plans, one for each call"]
         run, record = self._last, self.record
         lines += plan_lines(self.plan) if run is None or record is None else call_lines(run, record)
-        lines += [] if self._planner is None else self._planner.lines()
-        lines += ["  guidance hook: on", self._step_line(), self._graph_line()]
-        lines += self._drift.lines()
+        lines += [] if self._planner is None else self._planner.lines(self.settings.fused)
+        lines += ["  guidance hook: on", step_line(run, self.settings)]
+        lines += [graph_line(self._graphs.report(), self.settings)]
+        lines += self._drift.lines(record is not None and not record.calls)
         lines += [*tuning_lines(self.settings), *switch_lines()]
         fallbacks = self.stats()["fallbacks"]
         lines += [f"  full guidance in {n} call(s): {why}" for why, n in fallbacks.items()]
         return "\n".join(lines)
-
-    def _step_line(self) -> str:
-        """Who steps."""
-        run = self._last
-        if self.settings.fused is False:
-            return "  fused step: off, as asked for"
-        if run is None:
-            return "  fused step: on where the scheduler's step is linear"
-        if run.plan is None:
-            return "  fused step: off; guidance was off"
-        if run.unfused:
-            return f"  fused step: off; {run.unfused}"
-        return f"  fused step: {run.fused_steps} row(s) on the {run.backend} backend"
-
-    def _graph_line(self) -> str:
-        """What is replayed."""
-        if self.settings.graph is False:
-            return "  graphs: off, as asked for"
-        found = self._graphs.report()
-        reasons = "; ".join(found["refusals"])
-        if not found["captures"]:
-            return f"  graphs: none; {reasons or 'nothing has run'}"
-        calls = f"{found['replays']} replay(s), {found['eager_calls']} eager call(s)"
-        size = f"{found['pool_bytes'] / 2**20:.0f} MiB"
-        line = f"  graphs: {found['captures']} captured, {calls}, {size}"
-        return f"{line}; not in every run: {reasons}" if reasons else line
 
     def call(
         self, original: Callable[..., Any], pipe: Any, args: Arguments, kwargs: dict[str, Any]
@@ -233,7 +214,8 @@ class Controller:
         try:
             with ExitStack() as stack:
                 if self._planner is not None:
-                    stack.enter_context(self._planner.driving(pipe, lambda: self._scale(run)))
+                    asked = (lambda: self._scale(run)), (lambda: has_own_grid(run.arguments))
+                    stack.enter_context(self._planner.driving(pipe, *asked))
                 if steps:
                     stack.enter_context(stepping(pipe.scheduler))
                 yield run

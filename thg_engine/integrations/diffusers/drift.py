@@ -62,10 +62,12 @@ class Drift:
         if probe is not None and probe.error is not None and probe.row is not None:
             self.found.setdefault(probe.row, []).append(probe.error)
 
-    def lines(self) -> list[str]:
-        """For the report."""
+    def lines(self, measurable: bool = True) -> list[str]:
+        """For the report; of calls with all branches, in which a row can be measured."""
         if self.every is None:
             return []
+        if not measurable:
+            return ["  drift: not measured where each branch has a call of its own"]
         if not self.found:
             return ["  drift: not measured yet"]
         rows = sorted(self.found)

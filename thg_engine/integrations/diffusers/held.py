@@ -40,17 +40,17 @@ class HeldGuidance:
 
     def held(self, row: GuidanceRow, cond: Tensor) -> Tensor:
         """The boosted delta of a row that evaluates the conditional branch alone, float32."""
-        delta = self.reused(row, cond)
+        delta = row.boost * self.reused(row, cond)
         self._remember(cond)
         return delta
 
     def reused(self, row: GuidanceRow, cond: Tensor) -> Tensor:
-        """The same for somebody who only looks; nothing is remembered."""
+        """The same without its boost, for somebody who only looks; nothing is remembered."""
         delta = torch.zeros_like(cond, dtype=torch.float32)
         for weight, held in zip(row.delta_weights, self._deltas, strict=False):
-            delta = delta + row.boost * weight * held
+            delta = delta + weight * held
         for weight, past in zip(row.cond_change_weights, self._conds, strict=False):
-            delta = delta + row.boost * weight * (cond.float() - past)
+            delta = delta + weight * (cond.float() - past)
         return delta
 
     def _remember(self, cond: Tensor) -> None:

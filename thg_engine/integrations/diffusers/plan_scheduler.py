@@ -55,10 +55,15 @@ class PlannedCall:
         return self.choice.entry.plan(self.schedule, self.prediction_type, self.guidance_scale)
 
     @property
+    def base(self) -> SamplingPlan:
+        """The rows before any correction."""
+        arguments = (self.schedule, self.prediction_type, self.guidance_scale)
+        return base_plan(self.choice.entry, *arguments)
+
+    @property
     def guidance(self) -> tuple[GuidanceRow, ...]:
         """What each row says about guidance."""
-        arguments = (self.schedule, self.prediction_type, self.guidance_scale)
-        base = base_plan(self.choice.entry, *arguments)
+        base = self.base
         return PlannedRows(base).rows([row.lambda_t for row in base.rows], self.guidance_scale)
 
     @property
@@ -93,27 +98,50 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         self._step_index: int | None = None
         self._samples: list[Tensor] = []
         self._outputs: list[Tensor] = []
+        self._is_custom: Callable[[], bool] = lambda: True
 
     @classmethod
-    def beside(cls, scheduler: Any, choose: Callable[[int], PlannedCall]) -> PlanScheduler:
-        """In place of ``scheduler``, whose configuration pipelines go on to read."""
+    def beside(
+        cls,
+        scheduler: Any,
+        choose: Callable[[int], PlannedCall],
+        is_custom: Callable[[], bool] = lambda: True,
+    ) -> PlanScheduler:
+        """In place of ``scheduler``, whose configuration pipelines go on to read.
+
+        Args:
+            scheduler: the pipeline's own.
+            choose: see the class.
+            is_custom: whether timesteps and sigmas are the caller's and not the pipeline's habit.
+        """
         made: PlanScheduler = cls()
         made._internal_dict = scheduler.config
-        made._choose = choose
+        made._choose, made._is_custom = choose, is_custom
         return made
 
     def set_timesteps(
-        self, num_inference_steps: int | None = None, device: Any = None, **custom: Any
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        timesteps: Any = None,
+        sigmas: Any = None,
+        **_: Any,
     ) -> None:
         """The plan's timesteps.
+
+        Pipelines ask for ``timesteps`` and ``sigmas`` by name, and some give their own in every
+        call: these say how many steps are meant, and no more.
 
         Raises:
             InvalidArgument: timesteps or sigmas of the caller's own; the plan brings its grid.
         """
-        for name in ("timesteps", "sigmas"):
-            if custom.get(name) is not None:
+        for name, given in (("timesteps", timesteps), ("sigmas", sigmas)):
+            if given is None:
+                continue
+            if self._is_custom():
                 remedy = "a calibrated plan brings its own grid; leave it out, or uncompile."
-                raise InvalidArgument(name, custom[name], remedy)
+                raise InvalidArgument(name, given, remedy)
+            num_inference_steps = num_inference_steps or len(given)
         if self._choose is None or num_inference_steps is None:
             raise InvalidArgument("num_inference_steps", num_inference_steps, "give a number.")
         self.call = self._choose(num_inference_steps)
@@ -122,11 +150,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         whole = all(t == int(t) for t in times)
         dtype = torch.int64 if whole and self.call.schedule.kind == "vp" else torch.float32
         self.timesteps = torch.tensor(times, dtype=dtype, device=device)
-        self._rows = self.call.table.rows
         # Half log-SNR is read off these by whoever asks what the samples are.
         self.points = self.call.points
         self._step_index = None
         self._samples, self._outputs = [], []
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Nothing: plans begin at their first row."""
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """The sample itself."""
@@ -140,16 +170,21 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
         return_dict: bool = True,
         **_: Any,
     ) -> Any:
-        """One base row from a guided output."""
+        """One base row from a guided output; its history begins where fitted rows have ended."""
+        if self.call is None:
+            raise InvalidArgument("scheduler", "PlanScheduler", "set its timesteps first.")
         index = self._step_index or 0
         self._step_index = index + 1
-        row = self._rows[index]
-        self._samples.insert(0, sample.float())
-        self._outputs.insert(0, model_output.float())
+        solver = get_solver(self.call.choice.entry.solver)
+        wide = torch.promote_types(sample.dtype, torch.float32)
+        self._samples = [sample.to(wide), *self._samples][: solver.order]
+        self._outputs = [model_output.to(wide), *self._outputs][: solver.order]
+        history = [self.points[index - k] for k in range(len(self._samples))]
+        row = solver.weights(history, self.points[index + 1], self.call.prediction_type)
         total = torch.zeros_like(self._samples[0])
-        for weight, value in zip(row.sample_weights, self._samples, strict=False):
+        for weight, value in zip(row.sample, self._samples, strict=False):
             total = total + weight * value
-        for weight, value in zip(row.output_weights, self._outputs, strict=False):
+        for weight, value in zip(row.output, self._outputs, strict=False):
             total = total + weight * value
         following = total.to(model_output.dtype)
         return SchedulerOutput(prev_sample=following) if return_dict else (following,)
@@ -160,13 +195,13 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def rows_and_plan(
         self, guidance_scale: float, num_rows: int, full: bool
     ) -> tuple[tuple[GuidanceRow, ...], SamplingPlan]:
-        """Guidance rows of the call in progress, and its plan; those of full guidance if asked.
+        """Guidance rows of the call in progress, and its base plan; of full guidance if asked.
 
         Raises:
             InvalidArgument: the call leaves the plan's first rows out.
         """
         call = self._at(guidance_scale)
-        plan = call.plan
+        plan = call.base
         if num_rows != plan.num_rows:
             remedy = f"a calibrated plan of {plan.num_rows} rows cannot be cut short; uncompile."
             raise InvalidArgument("strength", f"<{num_rows} rows>", remedy)
@@ -179,7 +214,9 @@ class PlanScheduler(SchedulerMixin, ConfigMixin):  # type: ignore[misc]
     def fused(self, guidance_scale: float) -> FusedPlan:
         """The fitted rows of the call in progress."""
         call = self._at(guidance_scale)
-        return FusedPlan(call.plan, call.table.rows, self, 0, {})
+        plan = call.plan
+        fitted = plan is not call.base
+        return FusedPlan(plan, call.table.rows, self, 0, {}, needs_branches=fitted)
 
     def _at(self, guidance_scale: float) -> PlannedCall:
         """The plan of the call, at the scale that the pipeline has now."""

@@ -18,6 +18,7 @@ from ...errors import CalibrationError, InvalidArgument, UnsupportedPipeline
 from ...fitting.choose import Choice, Target, choose, stock_error
 from ...fitting.front import PlanEntry, PlanFront
 from ...fitting.shipped import shipped_front
+from ...plan import SamplingPlan
 from ...schedule import NoiseSchedule, prediction_type
 from .adapters import find_record
 from .captured import Captured, noise
@@ -125,14 +126,18 @@ class Planner:
         return choose(self.front, self.target, guidance_scale, num_steps, self.seconds)
 
     @contextmanager
-    def driving(self, pipe: Any, scale: Callable[[], float]) -> Iterator[PlanScheduler]:
+    def driving(
+        self, pipe: Any, scale: Callable[[], float], is_custom: Callable[[], bool]
+    ) -> Iterator[PlanScheduler]:
         """``pipe`` with the plan's scheduler in place of its own.
 
         Args:
             pipe: the pipeline.
             scale: w of the call, once the pipeline knows it.
+            is_custom: whether the caller has given timesteps or sigmas.
         """
         own = pipe.scheduler
+        check_front(self.front, None, own)
         schedule, predicts = native_schedule(own)
 
         def planned(num_steps: int) -> PlannedCall:
@@ -142,8 +147,7 @@ class Planner:
             self.choice = found
             return PlannedCall(found, schedule, predicts)
 
-        check_front(self.front, None, own)
-        stand_in = PlanScheduler.beside(own, planned)
+        stand_in = PlanScheduler.beside(own, planned, is_custom)
         # Past the pipeline's own __setattr__, which would enter the stand-in into its config.
         vars(pipe)["scheduler"] = stand_in
         try:
@@ -152,8 +156,17 @@ class Planner:
             if vars(pipe).get("scheduler") is stand_in:
                 vars(pipe)["scheduler"] = own
 
-    def lines(self) -> list[str]:
-        """The choice and its neighbours, for the report."""
+    def preview(
+        self, scheduler: Any, num_steps: int = USUAL_STEPS, guidance_scale: float | None = None
+    ) -> SamplingPlan:
+        """The plan of such a call; of one at the usual scale if none is given."""
+        check_front(self.front, None, scheduler)
+        scale = _usual_scale(self.front) if guidance_scale is None else guidance_scale
+        call = PlannedCall(self.choose(scale, num_steps), *native_schedule(scheduler))
+        return call.plan
+
+    def lines(self, fused: bool | None = None) -> list[str]:
+        """The choice and its neighbours, for the report; ``fused`` as `compile` was told."""
         choice = self.choice
         if choice is None:
             return []
@@ -167,6 +180,8 @@ class Planner:
         ]
         if not choice.entry.covers(choice.guidance_scale):
             lines.append(f"  w = {choice.guidance_scale:g} was not calibrated: rows are not fitted")
+        elif fused is False:
+            lines.append("  fitted rows take the fused step, which is off: base rows")
         return [*lines, f"  target missed: {choice.unmet}"] if choice.unmet else lines
 
     def _line(self, entry: PlanEntry, choice: Choice) -> str:
@@ -198,9 +213,15 @@ def check_front(front: PlanFront, module: torch.nn.Module | None, scheduler: Any
 
 
 @torch.no_grad()
-def time_denoiser(captured: Captured, batch: int = 1) -> tuple[float, float]:
-    """Median seconds of a denoiser call per sample: (one branch, both branches)."""
-    shape, cond, uncond = captured.conditioning([""] * batch, "", USUAL_SCALE)
+def time_denoiser(captured: Captured, batch: int = 1, **call: Any) -> tuple[float, float]:
+    """Median seconds of a denoiser call per sample: (one branch, both branches).
+
+    Args:
+        captured: the denoiser.
+        batch: samples at a time.
+        call: further arguments of the pipeline's call, which may say how large they are.
+    """
+    shape, cond, uncond = captured.conditioning([""] * batch, "", USUAL_SCALE, **call)
     module, engine = captured.module, captured.engine()
     x = noise(shape, batch, 0, module).to(module.dtype)
     times: dict[str, list[float]] = {"one": [], "both": []}

@@ -29,6 +29,8 @@ class FusedPlan:
         scheduler: the scheduler itself, before its first step.
         start: its first model call.
         step_kwargs: further arguments of its ``step``.
+        needs_branches: whether its rows read conditional outputs and deltas besides the guided
+            output, and so cannot be given the latter alone.
     """
 
     plan: SamplingPlan
@@ -36,6 +38,7 @@ class FusedPlan:
     scheduler: Any
     start: int
     step_kwargs: dict[str, Any]
+    needs_branches: bool = False
 
     def result_dtype(self, sample: torch.dtype, output: torch.dtype) -> torch.dtype:
         """Dtype of the sample that the scheduler's own step makes of these."""

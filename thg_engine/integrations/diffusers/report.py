@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from ...plan import SamplingPlan
 from .adapter_types import AdapterRecord
@@ -45,7 +46,8 @@ def call_lines(run: PipelineRun, record: AdapterRecord) -> list[str]:
     if run.error or run.calls < plan.num_rows:
         why = f": {run.error}" if run.error else ""
         lines.append(f"  ended after {run.calls} of {plan.num_rows} rows{why}")
-    if any(row.delta_weights and not row.evaluates_both for row in plan.rows):
+    holds = any(row.delta_weights and not row.evaluates_both for row in plan.rows)
+    if holds and not any(row.cond_weights for row in plan.rows):  # fitted rows make up for it
         lines.append("  one state for tortoise and hare: exact where the solver has no history")
     return [*lines, *(f"  {note}" for note in plan.notes)]
 
@@ -61,3 +63,29 @@ def plan_lines(plan: SamplingPlan | None) -> list[str]:
     if plan is None:
         return ["  no call yet; thg.preview(scheduler, num_inference_steps) shows a plan"]
     return ["  no call yet; print(pipe.thg.plan.explain()) shows the plan of 50 steps"]
+
+
+def step_line(run: PipelineRun | None, settings: Settings) -> str:
+    """Who steps."""
+    if settings.fused is False:
+        return "  fused step: off, as asked for"
+    if run is None:
+        return "  fused step: on where the scheduler's step is linear"
+    if run.plan is None:
+        return "  fused step: off; guidance was off"
+    if run.unfused:
+        return f"  fused step: off; {run.unfused}"
+    return f"  fused step: {run.fused_steps} row(s) on the {run.backend} backend"
+
+
+def graph_line(found: dict[str, Any], settings: Settings) -> str:
+    """What is replayed, from the report of the graphs."""
+    if settings.graph is False:
+        return "  graphs: off, as asked for"
+    reasons = "; ".join(found["refusals"])
+    if not found["captures"]:
+        return f"  graphs: none; {reasons or 'nothing has run'}"
+    calls = f"{found['replays']} replay(s), {found['eager_calls']} eager call(s)"
+    size = f"{found['pool_bytes'] / 2**20:.0f} MiB"
+    line = f"  graphs: {found['captures']} captured, {calls}, {size}"
+    return f"{line}; not in every run: {reasons}" if reasons else line

@@ -37,6 +37,7 @@ Rows = tuple[GuidanceRow, ...]
 Call = tuple[tuple[Any, ...], dict[str, Any], Callable[[Any], Any]]
 """What the denoiser is called with, and what becomes of its output."""
 NOT_YET = "no step has been taken"
+CHANGED = "the pipeline changes the guided output, which fitted rows do not know: base rows"
 
 
 class PipelineRun:
@@ -90,7 +91,7 @@ class PipelineRun:
         self.backend = ""
         self.unfused = NOT_YET if make_fused is not None else "turned off"
         self._rows: Rows = ()
-        self._is_full = self._refused = False
+        self._is_full = self._refused = self._needs_branches = False
         self._held = HeldGuidance()
         self._seen: dict[Any, tuple[Tensor, int]] = {}
         self._source: Outputs | None = None
@@ -169,6 +170,10 @@ class PipelineRun:
         """The next sample by the fused step; None where the scheduler has to step itself."""
         if self.fused is None and self.unfused == NOT_YET:
             self.unfused = self._start_fused(output, sample, dict(kwargs))
+        if self._needs_branches and self.fused is not None and not _is_sum(output):
+            # Fitted rows were made for the sum of the branches: the plan's scheduler goes on.
+            self.fused.take_back()
+            self.fused, self.unfused = None, CHANGED
         if self.fused is None:
             return None
         following = self.fused.step(output, sample, kwargs.get("generator"), self._source)
@@ -187,7 +192,10 @@ class PipelineRun:
         made = self._make_fused(self._rows, kwargs, sample)
         if isinstance(made, str):
             return made
-        deferred = isinstance(output, BranchSum) and output.guidance_scale is not None
+        deferred = _is_sum(output)
+        if made.needs_branches and not deferred:
+            return CHANGED
+        self._needs_branches = made.needs_branches
         if not deferred and isinstance(output, BranchSum):
             output = output.value()
         self.plan = made.plan
@@ -243,6 +251,11 @@ def by_name(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[
     kind: Any = type(module)
     names = argument_names(kind)
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _is_sum(output: Tensor) -> bool:
+    """Whether the pipeline has left its guidance to the row."""
+    return isinstance(output, BranchSum) and output.guidance_scale is not None
 
 
 def untouched(output: Any) -> Any:

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from .plan_scheduler import PlanScheduler
+
 
 class Twins:
     """Hands out a pipeline and, while it is in use, twins of it."""
@@ -45,6 +47,8 @@ class Twins:
         names = [n for n in vars(pipe) if n.startswith("tokenizer") or n == "scheduler"]
         for name in names:
             original = vars(pipe)[name]
+            if isinstance(original, PlanScheduler):
+                continue  # of the call in progress; the copy of what it stands for was taken before
             is_new = original is not self._originals.get(name)
             if is_new or (is_first and name == "scheduler"):
                 self._originals[name], self._idle[name] = original, _copied(original)
