@@ -26,7 +26,7 @@ def add_parser(commands: Any) -> None:
         description=DESCRIPTION,
     )
     parser.add_argument("--out", type=Path, default=Path("evaluate-out"), metavar="DIR")
-    parser.add_argument("--pipeline", choices=("sd", "flow", "all"), default="all")
+    parser.add_argument("--pipeline", choices=("sd", "flow", "all"), help="(all; --quick: sd)")
     parser.add_argument("--quick", action="store_true", help="a smaller grid: below ten minutes")
     many: dict[str, Any] = {"nargs": "+", "metavar": "W", "type": float}
     parser.add_argument("--guidance-scales", **many, help="w of the curves (2 3 5 7.5)")
@@ -70,11 +70,12 @@ def run_evaluation(args: argparse.Namespace, say: Any) -> tuple[dict[str, Any], 
     from ..doctor import machine_line
     from .evaluate import evaluate
     from .plots import plot_rows
+    from .settings import BOXES
     from .store import Store
 
     path = args.out / "evaluate.json"
     store = Store(path, settings.document(), {"machine": machine_line()})
-    for box in _boxes(settings.pipelines, args.pipeline in (None, "all"), store, say):
+    for box in _boxes(settings.pipelines, settings.pipelines == BOXES, store, say):
         evaluate(box, settings, store, say)
     store.save(force=True)
     return store.document, [path, *plot_rows(store.document["rows"], args.out)]
@@ -86,9 +87,8 @@ def settings_of(args: argparse.Namespace) -> Any:
     from .settings import BOXES, QUICK, Settings
 
     given: dict[str, Any] = dict(QUICK) if args.quick else {}
-    given["pipelines"] = BOXES if args.pipeline == "all" else (args.pipeline or "sd",)
-    if args.pipeline is None and not args.quick:
-        given["pipelines"] = BOXES
+    chosen = args.pipeline or ("sd" if args.quick else "all")
+    given["pipelines"] = BOXES if chosen == "all" else (chosen,)
     names = ("guidance_scales", "quality_scales", "prompts", "seeds", "seed", "quality_images")
     for name in (*names, "data"):
         value = getattr(args, name)
