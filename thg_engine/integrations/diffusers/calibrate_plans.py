@@ -88,11 +88,13 @@ def calibrate_plans(
     captured = Captured.of(pipe)
     schedule, predicts = native_schedule(pipe.scheduler)
     with torch.no_grad():
-        seconds = time_denoiser(captured, **call)
         origin = (captured, prompts, negative_prompt, guidance_scales[0], samples, seed, call)
         fit, held_out, count = _batches(*origin, batch_size)
         settings = [*map(str, (predicts, schedule_digest(schedule), negative_prompt, call))]
-        settings += [*map(str, (samples, seed, batch_size, solver)), _weights_digest(pipe)]
+        settings += [*map(str, (samples, seed, batch_size, solver)), fingerprint(captured.module)]
+        settings.append(_weights_digest(pipe))
+        store = _store(work_dir, prompts, settings)
+        seconds = _seconds(captured, store, call)
         task = Task(
             captured.engine(),
             schedule,
@@ -104,7 +106,7 @@ def calibrate_plans(
             seconds[1] / seconds[0],
             solver or "dpmpp2m",
             _gather,
-            _store(work_dir, prompts, settings),
+            store,
             progress and _rank()[0] == 0,
         )
         found = search(task, _stock(pipe.scheduler, schedule.kind, predicts))
@@ -222,13 +224,27 @@ def _store(work_dir: str | Path | None, prompts: Sequence[str], settings: Sequen
     return Store(folder, writes=rank == 0, suffix=suffix)
 
 
+def _seconds(captured: Captured, store: Store, call: Mapping[str, Any]) -> tuple[float, float]:
+    """(one branch, both branches) of a denoiser call, the same in all processes.
+
+    Grids follow from it: a calibration that goes on, and every process, must find the same ones.
+    """
+    key = f"seconds-{_digest([machine_line()])[:16]}"
+    own = store.json(key) or time_denoiser(captured, **call)
+    one, both = _gather(torch.tensor([own], dtype=torch.float64)).mean(0).tolist()
+    store.put_json(key, [one, both])
+    return one, both
+
+
 def _weights_digest(pipe: Any) -> str:
     """Hash of a few values of every parameter: other weights make other converged runs."""
     found = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, torch.nn.Module):
-            found.update(f"{name} {fingerprint(part)}".encode())
+            found.update(f"{name} {type(part).__name__}".encode())
             for weight in part.parameters():
+                if weight.is_meta:
+                    continue  # offloaded to disk
                 few = weight.detach().flatten()[:: max(1, weight.numel() // 8)][:9]
                 found.update(few.double().cpu().numpy().tobytes())
     return found.hexdigest()

@@ -101,7 +101,7 @@ def compile(
         match: the cheapest plan as accurate as an ordinary solver, e.g. "dpm++2m@50". The default
             with fitted plans and no budget: ``match`` of DPM-Solver++ 2M with 50 steps.
         drift: in every so many calls one skipped row evaluates both branches, and the report says
-            how far the reused delta was off; images do not change.
+            how far the reused delta was off; images change by rounding alone.
 
     Raises:
         InvalidArgument: an argument makes no sense; names it, its value and the remedy. The
