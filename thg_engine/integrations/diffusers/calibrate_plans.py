@@ -6,6 +6,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -61,71 +62,142 @@ def calibrate_plans(
 ) -> PlanFront:
     """Fit plans for a range of budgets to a pipeline, and measure them on prompts held out.
 
+    Under ``accelerate launch`` every process takes its share of the prompts; all return the same.
+
     Args:
-        pipe: a pipeline with one denoiser call per step for both branches, compiled or not; it is
-            not changed.
+        pipe: one denoiser call per step for both branches; compiled or not, it is not changed.
         prompts: captions like those it will see, at least six; every third is held out.
         guidance_scales: w; grids are chosen at the first. Rows are interpolated between them.
         budgets: evaluations per sample for which plans are made.
         negative_prompt: of the unconditional branch.
-        solver: of the base rows, a name in `thg_engine.solvers.SOLVERS`; None: DPM-Solver++ 2M,
-            whatever the pipeline ships with.
+        solver: of the base rows, one of `thg_engine.solvers.SOLVERS`; None: DPM-Solver++ 2M.
         batch_size, samples, seed: prompts at a time; noises per prompt; of the noise.
-        model: name to record; the pipeline's own if empty.
-        curves: error curves to keep in the same file.
-        work_dir: folder in which an interrupted calibration finds what it has done.
+        model, curves: name to record, the pipeline's own if empty; error curves for the same file.
+        work_dir: where an interrupted calibration finds what it has done.
         progress: show tqdm bars.
         call: further arguments of the pipeline's call: height, width, max_sequence_length, ...
     Raises:
-        UnsupportedPipeline: guidance of another kind, or a noise schedule that is neither
-            variance-preserving nor flow matching.
-        InvalidArgument: too few prompts, w <= 1, an unknown solver, a budget below 4.
-
-    Under ``accelerate launch`` every process takes its share of the prompts, and all return the
-    same front.
+        UnsupportedPipeline, InvalidArgument: the message says what plans cannot be fitted to.
     """
     _check(prompts, guidance_scales, budgets, batch_size, samples)
-    captured = Captured.of(pipe)
-    schedule, predicts = native_schedule(pipe.scheduler)
-    with torch.no_grad():
-        seconds = time_denoiser(captured, **call)
-        origin = (captured, prompts, negative_prompt, guidance_scales[0], samples, seed, call)
-        fit, held_out, count = _batches(*origin, batch_size)
-        settings = [*map(str, (predicts, schedule_digest(schedule), negative_prompt, call))]
-        settings += [*map(str, (samples, seed, batch_size, solver)), _weights_digest(pipe)]
+    scales, noises = tuple(map(float, guidance_scales)), _Noises(samples, seed, batch_size)
+    job = _Job(pipe, tuple(prompts), scales, negative_prompt, noises, call)
+    return job.front(tuple(budgets), solver, work_dir, progress, model, curves)
+
+
+@dataclass(frozen=True)
+class _Noises:
+    """Noises per prompt, their seed, and how many samples make a batch."""
+
+    samples: int
+    seed: int
+    batch_size: int
+
+
+@dataclass
+class _Job:
+    """What is calibrated: a pipeline on prompts; arguments as of `calibrate_plans`."""
+
+    pipe: Any
+    prompts: tuple[str, ...]
+    scales: tuple[float, ...]
+    negative_prompt: str
+    noises: _Noises
+    call: Mapping[str, Any]
+
+    def __post_init__(self) -> None:
+        self.captured = Captured.of(self.pipe)
+        self.schedule, self.predicts = native_schedule(self.pipe.scheduler)
+
+    @torch.no_grad()
+    def front(
+        self,
+        budgets: tuple[int, ...],
+        solver: str | None,
+        work_dir: str | Path | None,
+        progress: bool,
+        model: str,
+        curves: Calibration | None,
+    ) -> PlanFront:
+        """Fit, measure, and say where it comes from."""
+        store = _store(work_dir, self.prompts, self._settings(solver))
+        seconds = _seconds(self.captured, store, self.call)
+        task, count = self._task(budgets, seconds, solver, store, progress)
+        found = search(task, _stock(self.pipe.scheduler, self.schedule.kind, self.predicts))
+        own = str(getattr(self.pipe.config, "_name_or_path", "") or type(self.pipe).__name__)
+        return PlanFront(
+            model=model or own,
+            fingerprint=fingerprint(self.captured.module),
+            scheduler_family=f"{self.schedule.kind}/{self.predicts}",
+            schedule_digest=schedule_digest(self.schedule),
+            prompts_sha256=_digest(self.prompts),
+            num_prompts=count[0],
+            num_held_out=count[1],
+            reference_steps=task.nodes.num_steps,
+            date=datetime.date.today().isoformat(),
+            machine=machine_line(),
+            seconds=seconds,
+            shape=tuple(task.fit[0][0].shape[1:]),
+            plans=found.plans,
+            stock=found.stock,
+            curves=curves,
+        )
+
+    def _settings(self, solver: str | None) -> list[str]:
+        """All that converged runs and fits depend on, besides the prompts and w."""
+        made = [*map(str, (self.predicts, schedule_digest(self.schedule), self.negative_prompt))]
+        made += [str(dict(self.call)), str(self.noises), str(solver)]
+        return [*made, fingerprint(self.captured.module), _weights_digest(self.pipe)]
+
+    def _task(
+        self,
+        budgets: tuple[int, ...],
+        seconds: tuple[float, float],
+        solver: str | None,
+        store: Store,
+        progress: bool,
+    ) -> tuple[Task, tuple[int, int]]:
+        """The task, and how many prompts there are to fit and to hold out."""
+        fit, held_out, count = self._batches()
         task = Task(
-            captured.engine(),
-            schedule,
-            predicts,
+            self.captured.engine(),
+            self.schedule,
+            self.predicts,
             fit,
             held_out,
-            tuple(map(float, guidance_scales)),
+            self.scales,
             tuple(sorted(set(budgets))),
             seconds[1] / seconds[0],
             solver or "dpmpp2m",
             _gather,
-            _store(work_dir, prompts, settings),
+            store,
             progress and _rank()[0] == 0,
         )
-        found = search(task, _stock(pipe.scheduler, schedule.kind, predicts))
-    own = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
-    return PlanFront(
-        model=model or own,
-        fingerprint=fingerprint(captured.module),
-        scheduler_family=f"{schedule.kind}/{predicts}",
-        schedule_digest=schedule_digest(schedule),
-        prompts_sha256=_digest(prompts),
-        num_prompts=count[0],
-        num_held_out=count[1],
-        reference_steps=task.nodes.num_steps,
-        date=datetime.date.today().isoformat(),
-        machine=machine_line(),
-        seconds=seconds,
-        shape=tuple(fit[0][0].shape[1:]),
-        plans=found.plans,
-        stock=found.stock,
-        curves=curves,
-    )
+        return task, count
+
+    def _batches(self) -> tuple[list[Batch], list[Batch], tuple[int, int]]:
+        """This process's batches to fit and to hold out, and how many prompts there are of each."""
+        groups: list[list[Batch]] = []
+        counts = []
+        prompts, samples, size = self.prompts, self.noises.samples, self.noises.batch_size
+        held = [i for i in range(len(prompts)) if i % round(1 / HELD_OUT) == 2]
+        for kept in (sorted(set(range(len(prompts))) - set(held)), held):
+            counts.append(len(kept))
+            jobs = [(i, k) for k in range(samples) for i in kept]
+            chunks = [jobs[at : at + size] for at in range(0, len(jobs), size)]
+            groups.append([self._batch(chunk) for chunk in _mine(chunks)])
+        return groups[0], groups[1], (counts[0], counts[1])
+
+    def _batch(self, chunk: Sequence[tuple[int, int]]) -> Batch:
+        """Noise and conditioning of some (prompt, noise)."""
+        captions = [self.prompts[i] for i, _ in chunk]
+        given = (captions, self.negative_prompt, self.scales[0])
+        shape, cond, uncond = self.captured.conditioning(*given, **self.call)
+        # A seed for each sample: results do not depend on how the prompts are batched.
+        seed, samples = self.noises.seed, self.noises.samples
+        seeds = [seed * 1_000_003 + i * samples + k for i, k in chunk]
+        x = torch.cat([noise(shape, 1, each, self.captured.module) for each in seeds])
+        return x, cond, uncond
 
 
 def _check(
@@ -151,35 +223,6 @@ def _check(
     for name, value in (("batch_size", batch_size), ("samples", samples)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidArgument(name, value, "give a whole number of at least 1.")
-
-
-def _batches(
-    captured: Captured,
-    prompts: Sequence[str],
-    negative_prompt: str,
-    scale: float,
-    samples: int,
-    seed: int,
-    call: Mapping[str, Any],
-    batch_size: int,
-) -> tuple[list[Batch], list[Batch], tuple[int, int]]:
-    """This process's batches to fit and to hold out, and how many prompts there are of each."""
-    groups: list[list[Batch]] = []
-    counts = []
-    held = [i for i in range(len(prompts)) if i % round(1 / HELD_OUT) == 2]
-    for kept in (sorted(set(range(len(prompts))) - set(held)), held):
-        counts.append(len(kept))
-        groups.append([])
-        jobs = [(i, k) for k in range(samples) for i in kept]
-        chunks = [jobs[at : at + batch_size] for at in range(0, len(jobs), batch_size)]
-        for chunk in _mine(chunks):
-            captions = [prompts[i] for i, _ in chunk]
-            shape, cond, uncond = captured.conditioning(captions, negative_prompt, scale, **call)
-            # A seed for each sample: results do not depend on how the prompts are batched.
-            seeds = [seed * 1_000_003 + i * samples + k for i, k in chunk]
-            x = torch.cat([noise(shape, 1, each, captured.module) for each in seeds])
-            groups[-1].append((x, cond, uncond))
-    return groups[0], groups[1], (counts[0], counts[1])
 
 
 def _rank() -> tuple[int, int]:
@@ -222,13 +265,27 @@ def _store(work_dir: str | Path | None, prompts: Sequence[str], settings: Sequen
     return Store(folder, writes=rank == 0, suffix=suffix)
 
 
+def _seconds(captured: Captured, store: Store, call: Mapping[str, Any]) -> tuple[float, float]:
+    """(one branch, both branches) of a denoiser call, the same in all processes.
+
+    Grids follow from it: a calibration that goes on, and every process, must find the same ones.
+    """
+    key = f"seconds-{_digest([machine_line()])[:16]}"
+    own = store.json(key) or time_denoiser(captured, **call)
+    one, both = _gather(torch.tensor([own], dtype=torch.float64)).mean(0).tolist()
+    store.put_json(key, [one, both])
+    return one, both
+
+
 def _weights_digest(pipe: Any) -> str:
     """Hash of a few values of every parameter: other weights make other converged runs."""
     found = hashlib.sha256()
     for name, part in sorted(pipe.components.items()):
         if isinstance(part, torch.nn.Module):
-            found.update(f"{name} {fingerprint(part)}".encode())
+            found.update(f"{name} {type(part).__name__}".encode())
             for weight in part.parameters():
+                if weight.is_meta:
+                    continue  # offloaded to disk
                 few = weight.detach().flatten()[:: max(1, weight.numel() // 8)][:9]
                 found.update(few.double().cpu().numpy().tobytes())
     return found.hexdigest()

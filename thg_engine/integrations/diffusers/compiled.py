@@ -2,6 +2,12 @@
 
 The instance is moved to a subclass of its own class, made once per class and under the same name,
 whose ``__call__`` opens a `PipelineRun` around the original one. ``uncompile`` moves it back.
+
+With fitted plans (``thg_engine.calibrate_plans``) each call runs the most accurate one within the
+budget, on its own grid and solver, whatever ``num_inference_steps`` says. Besides ``nfe``, one of
+these is the budget: ``speedup`` over full guidance with as many steps as the call asks for, in
+denoiser time; ``seconds`` of all denoiser calls of one image; or ``match``, the cheapest plan as
+accurate as an ordinary solver, e.g. "dpm++2m@50", which is the default.
 """
 
 from __future__ import annotations
@@ -78,50 +84,44 @@ def compile(
     """Accelerate a diffusers pipeline in place; the same object gains ``pipe.thg``.
 
     Args:
-        pipe: a diffusers pipeline with classifier-free guidance. One that no adapter describes runs
-            exactly as before, and a warning says so.
-        guidance: "auto" (calibrated, published or conservative default grid, in this order), a
-            name ("thg", "cfg", "cfg-cache", ...), a method such as ``thg_engine.THG(...)``, or a
-            finished `SamplingPlan`.
-        calibration: error curves from ``thg_engine.calibrate``, fitted plans from
-            ``thg_engine.calibrate_plans``, or a file of either. With fitted plans each call runs
-            the most accurate one within the budget, on its own grid and solver, whatever
-            ``num_inference_steps`` says; that number and ``speedup`` refer to full guidance.
+        pipe: a pipeline with classifier-free guidance; another is left as it is, with a warning.
+        guidance: "auto" (calibrated, published or default grid), a name ("thg", "cfg", ...), a
+            method such as ``thg_engine.THG(...)``, or a finished `SamplingPlan`.
+        calibration: error curves, or fitted plans (see the module), or a file of either.
         nfe: evaluation budget per sample: a count (int) or a share of full guidance (float).
-        fused: whether ``scheduler.step`` becomes one fused launch where the scheduler is linear;
-            equal to its own step but for rounding. None: yes, unless the plan always evaluates both
-            branches: it stays bit-identical.
-        graph: whether denoiser calls are replays of captured CUDA graphs, with the fused step in
-            them. None: where that is faster; True: wherever it is possible.
-        denoiser: "compile" compiles the repeated blocks of the denoiser with torch.compile.
+        fused: whether ``scheduler.step`` becomes one fused launch, equal but for rounding. None:
+            yes, unless both branches are always evaluated: images stay bit-identical.
+        graph: replay CUDA graphs. None: where that is faster; True: wherever it is possible.
+        denoiser: "compile" compiles its repeated blocks with torch.compile.
         attention: "sdpa", "xformers" or "native" (plain matrix products); None leaves it.
-        speedup: over full guidance with as many steps as the call asks for, in denoiser time; needs
-            fitted plans, as do ``seconds`` and ``match``: those of ``calibration``, or of the
-            pipelines in the box.
-        seconds: of all denoiser calls of one image.
-        match: the cheapest plan as accurate as an ordinary solver, e.g. "dpm++2m@50". The default
-            with fitted plans and no budget: ``match`` of DPM-Solver++ 2M with 50 steps.
+        speedup, seconds, match: what fitted plans are chosen for (see the module).
         drift: in every so many calls one skipped row evaluates both branches, and the report says
-            how far the reused delta was off; images do not change.
-
+            how far the reused delta was off; images change by rounding alone.
     Raises:
-        InvalidArgument: an argument makes no sense; names it, its value and the remedy. The
-            pipeline is then unchanged.
-        CalibrationError: the calibration cannot be read or is of another architecture.
-        UnsupportedPipeline: fitted plans for a pipeline that they are not made for.
+        InvalidArgument, CalibrationError, UnsupportedPipeline: the pipeline is then unchanged.
     """
     _check(pipe, fused=fused, graph=graph)
-    check_tuning(denoiser, attention)
-    curves, front = load_calibration(calibration)
-    wanted = {"speedup": speedup, "seconds": seconds, "match": match}
-    if calibration is None and any(value is not None for value in wanted.values()):
-        front = shipped_for(pipe)
-    target = target_of(front, guidance, nfe=nfe, **wanted)
-    check_drift(drift)
-    budget = None if target is not None else nfe
+    wanted = {"nfe": nfe, "speedup": speedup, "seconds": seconds, "match": match}
     tuning = (fused, graph, denoiser, attention)
-    settings = Settings(guidance, curves, budget, *tuning, front, target, drift)
-    return compile_with(pipe, settings)
+    if calibration is None and any(value is not None for value in (speedup, seconds, match)):
+        calibration = shipped_for(pipe)
+    return compile_with(pipe, _settings(guidance, calibration, wanted, tuning, drift))
+
+
+def _settings(
+    guidance: Guidance | SamplingPlan | str,
+    calibration: Calibration | PlanFront | str | Path | None,
+    wanted: dict[str, Any],
+    tuning: tuple[bool | None, bool | None, str | None, str | None],
+    drift: int | None,
+) -> Settings:
+    """Arguments of `compile`, checked."""
+    check_tuning(*tuning[2:])
+    curves, front = load_calibration(calibration)
+    target = target_of(front, guidance, **wanted)
+    check_drift(drift)
+    budget = None if target is not None else wanted["nfe"]
+    return Settings(guidance, curves, budget, *tuning, front, target, drift)
 
 
 def _check(pipe: Any, **switches: bool | None) -> None:

@@ -1,7 +1,7 @@
 """The drift check: how far a reused delta is off, measured now and then.
 
 A skipped row evaluates both branches for once. What the pipeline gets stays what it would have got,
-so that images do not depend on whether somebody is looking.
+so that images do not depend on whether somebody is looking, but for the rounding of another batch.
 """
 
 from __future__ import annotations
