@@ -259,14 +259,10 @@ def fit_weights(
 
     Args:
         engine: around the denoiser.
-        plan: rows that extrapolate, combined form, deterministic; from a trace or in closed form.
+        plan: rows that extrapolate, combined form, deterministic.
         trajectories: `follow` of the samples to fit to.
-        deltas, cond_changes: how many held deltas, and changes of the conditional output, a row
-            may read.
-        gather: brings rows of other processes.
-        on_row: called after each row.
-    Raises:
-        InvalidArgument: a plan that cannot be fitted, or features that cannot be kept.
+        deltas, cond_changes: how many of each a row may read.
+        gather, on_row: brings rows of other processes; is called after each row.
     """
     _check(plan, deltas, cond_changes)
     runs = [_Run.of(trajectory) for trajectory in trajectories]
@@ -277,13 +273,8 @@ def fit_weights(
             for run in runs:
                 observe(engine, run.registers, row, run.trajectory.batch)
         else:
-            packed = [run.products(engine, row, i, deltas, cond_changes).packed() for run in runs]
-            held = min(len(runs[0].registers.deltas), deltas)
-            size = held + min(len(runs[0].registers.conds), cond_changes)
-            fit = cross_validated(Products.unpacked(gather(torch.cat(packed)).cpu(), size))
-            row, gain = _refined(row, fit.weights[:held], fit.weights[held:]), fit.gain
-            for run in runs:
-                run.registers.observe(row, run.cond, None)
+            parts = [run.products(engine, row, i, deltas, cond_changes) for run in runs]
+            row, gain = _fit_row(row, Products.joined(parts), runs, deltas, gather)
         for run in runs:
             run.registers.push(run.registers.following(row), DEPTH)
         rows.append(row)
@@ -292,6 +283,18 @@ def fit_weights(
     columns = tuple(() if row.evaluates_both else row.delta_weights for row in rows)
     changes = tuple(row.cond_change_weights for row in rows)
     return ScaleWeights(plan.guidance_scale, columns, changes, tuple(gains))
+
+
+def _fit_row(
+    row: Row, products: Products, runs: Sequence[_Run], deltas: int, gather: Gather
+) -> tuple[Row, float]:
+    """A held row with fitted weights, which the runs then take, and its gain."""
+    size, held = products.moment.shape[1], min(len(runs[0].registers.deltas), deltas)
+    fit = cross_validated(Products.unpacked(gather(products.packed()).cpu(), size))
+    row = _refined(row, fit.weights[:held], fit.weights[held:])
+    for run in runs:
+        run.registers.observe(row, run.cond, None)
+    return row, fit.gain
 
 
 def _effect(row: Row) -> float:

@@ -46,52 +46,48 @@ def fit_reuse(
     """Fit the weights of held deltas to a pipeline and its scheduler, for ``THG(reuse=...)``.
 
     Args:
-        pipe: a pipeline with one denoiser call per step for both branches, compiled or not; it is
-            not changed.
+        pipe, negative_prompt, batch_size, samples, seed, model, progress, call: as in
+            `calibrate_plans`.
         prompts: captions like those it will see, at least two; 24 or more are better.
         guidance: whose coarse grid is used, that of the first scale; None: 70 % of full guidance.
-        num_inference_steps: N; the weights serve runs of this length alone.
-        guidance_scales: w; between two of them weights are interpolated.
-        deltas: held deltas that a row may read.
-        cond_changes: changes of the conditional output that it may read besides; more to fit, and
-            no better on the pipelines in the box.
-        negative_prompt: of the unconditional branch.
-        batch_size, samples, seed: prompts at a time; noises per prompt; of the noise.
-        model: name to record; the pipeline's own if empty.
-        progress: show a tqdm bar.
-        call: further arguments of the pipeline's call: height, width, max_sequence_length, ...
+        num_inference_steps, guidance_scales: N, of runs to serve, and w; interpolated between.
+        deltas, cond_changes: held deltas, and changes of the conditional output, a row may read.
     Raises:
-        UnsupportedPipeline: guidance of another kind.
-        UntraceableScheduler: a scheduler whose step is not linear.
+        UnsupportedPipeline, UntraceableScheduler: other guidance; a step that is not linear.
         InvalidArgument: too few prompts, w <= 1, a stochastic scheduler, a guidance with a boost.
-
-    Under ``accelerate launch`` every process takes its share of the prompts, and all return the
-    same weights.
     """
     _check(prompts, guidance_scales, num_inference_steps, batch_size, samples)
     captured = Captured.of(pipe)
-    table = trace(pipe.scheduler, num_inference_steps)
-    rows = _rows(guidance, table, guidance_scales[0], captured)
+    origin = (negative_prompt, guidance_scales[0], samples, seed, batch_size)
     with torch.no_grad():
-        settings = (negative_prompt, guidance_scales[0], samples, seed, batch_size)
-        batches = _batches(captured, prompts, *settings, call)
-        total = 2 * len(table.rows) * len(guidance_scales)
-        hidden = not progress or _rank()[0] != 0
-        with tqdm(total=total, desc="fit reuse", disable=hidden) as bar:
-            sizes = (deltas, cond_changes)
-            fits = [
-                _fit(captured, table, rows, batches, float(scale), sizes, bar)
-                for scale in guidance_scales
-            ]
+        batches = _batches(captured, prompts, *origin, call)
+        table = trace(pipe.scheduler, num_inference_steps)
+        sizes = (deltas, cond_changes)
+        found = _fitted(captured, table, guidance, batches, guidance_scales, sizes, progress)
     own = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
+    return replace(found, model=model or own, num_samples=len(prompts) * samples)
+
+
+def _fitted(
+    captured: Captured,
+    table: SolverTable,
+    guidance: THG | None,
+    batches: Sequence[Batch],
+    scales: Sequence[float],
+    sizes: tuple[int, int],
+    progress: bool,
+) -> FittedReuse:
+    """The fits at all scales, on the coarse grid of the first."""
+    rows = _rows(guidance, table, scales[0], captured)
+    hidden = not progress or _rank()[0] != 0
+    with tqdm(total=2 * len(rows) * len(scales), desc="fit reuse", disable=hidden) as bar:
+        fits = [_fit(captured, table, rows, batches, float(w), sizes, bar) for w in scales]
     return FittedReuse(
         lambdas=tuple(map(float, table.lambdas)),
         coarse_rows=tuple(i for i, row in enumerate(rows) if row.evaluates_both),
         fits=tuple(fits),
         solver=table.name,
-        model=model or own,
         fingerprint=fingerprint(captured.module),
-        num_samples=len(prompts) * samples,
         date=datetime.date.today().isoformat(),
         machine=machine_line(),
     )
