@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from .curves import Calibration
 from .engine import Engine
 from .fitting.front import PlanFront
+from .fitting.reuse import FittedReuse
 from .guidance import CFG, THG, CFGCache, Guidance, GuidanceInterval, SelectiveGuidance
 from .plan import SamplingPlan
 
@@ -34,6 +35,7 @@ __all__ = [
     "CFGCache",
     "Calibration",
     "Engine",
+    "FittedReuse",
     "GuidanceInterval",
     "PlanFront",
     "SamplingPlan",
@@ -43,6 +45,7 @@ __all__ = [
     "calibrate",
     "calibrate_plans",
     "compile",
+    "fit_reuse",
     "uncompile",
 ]
 
@@ -104,3 +107,10 @@ def calibrate_plans(pipe: Any, prompts: Sequence[str], **options: Any) -> PlanFr
     from .integrations.diffusers import calibrate_plans as calibrate_pipeline_plans
 
     return calibrate_pipeline_plans(pipe, prompts, **options)
+
+
+def fit_reuse(pipe: Any, prompts: Sequence[str], **options: Any) -> FittedReuse:
+    """Fit THG's reuse to a pipeline; see `thg_engine.integrations.diffusers.fit_reuse`."""
+    from .integrations.diffusers import fit_reuse as fit_pipeline_reuse
+
+    return fit_pipeline_reuse(pipe, prompts, **options)

@@ -32,7 +32,15 @@ from .grid import (
     grid_for_rho,
     uniform_grid,
 )
-from .reuse import DEGREES, check_reuse, coordinates, weights
+from .reuse import (
+    DEGREES,
+    FALLBACK,
+    FittedWeights,
+    RowWeights,
+    check_reuse,
+    coordinates,
+    weights,
+)
 
 
 @dataclass(frozen=True)
@@ -125,8 +133,9 @@ class THG:
     With ``reuse`` it is extrapolated in between, which is of higher order at the same cost, and not
     Algorithm 1 any more; ``after`` likewise.
 
-    The coarse grid is, in this order: ``grid``; from ``calibration`` for the budget ``nfe`` or the
-    error ratio ``rho`` (1 if neither is given); spread evenly for ``nfe``; the default grid.
+    The coarse grid is, in this order: ``grid``; that of fitted weights where there is no ``nfe``
+    and no ``rho``; from ``calibration`` for the budget ``nfe`` or the error ratio ``rho`` (1 if
+    neither is given); spread evenly for ``nfe``; the default grid.
 
     Attributes:
         rho: bound on the ratio of hare to tortoise error; needs a calibration.
@@ -135,7 +144,9 @@ class THG:
         calibration: measured error curves of the model.
         grid: coarse rows, an interval, or a grid to be mapped by half log-SNR.
         nfe: budget per sample, evaluations (int) or a share of full guidance (float).
-        reuse: "hold" (the paper), "linear" or "quadratic" extrapolation of the newest deltas.
+        reuse: "hold" (the paper), "linear" or "quadratic" extrapolation of the newest deltas, or
+            weights fitted to the model (`thg_engine.fit_reuse`); "linear" in runs other than those
+            they were fitted to, which the plan's notes say.
         along: coordinate of the extrapolation: "time", "lambda" or "row"; see `reuse.coordinates`.
         damping: share of the extrapolated change that is taken over, in [0, 1].
         after: from the cut-off on, "drop" delta (the paper) or "hold" the last one.
@@ -149,7 +160,7 @@ class THG:
     calibration: Calibration | None = None
     grid: Sequence[int] | int | MappedGrid | None = None
     nfe: int | float | None = None
-    reuse: str = "hold"
+    reuse: str | FittedWeights = "hold"
     along: str = "time"
     damping: float = 1.0
     after: str = "drop"
@@ -160,6 +171,8 @@ class THG:
         if self.after not in ("drop", "hold"):
             raise InvalidArgument("after", self.after, 'use "drop" or "hold".')
         _check_positive("boost", self.boost, "give a positive factor, e.g. 1.1.")
+        if self.boost != 1.0 and not isinstance(self.reuse, str):
+            raise InvalidArgument("boost", self.boost, "fitted weights leave no room for a factor.")
         if self.rho is not None:
             _check_positive("rho", self.rho, "give a positive error ratio, e.g. 1.1.")
         if self.rho is not None and self.nfe is not None:
@@ -203,6 +216,10 @@ class THG:
         if self.grid is not None:
             return check_grid(self.grid, num_rows)
         budget = None if self.nfe is None else resolve_nfe(self.nfe, num_rows)
+        if not isinstance(self.reuse, str) and budget is None and self.rho is None:
+            fitted = self.reuse.grid_for(lambdas)
+            if fitted is not None:
+                return fitted
         if self.calibration is not None and guidance_scale > 1:
             if budget is not None:
                 return grid_for_nfe(self.calibration, lambdas, guidance_scale, budget, cutoff)
@@ -216,6 +233,36 @@ class THG:
 
     def rows(self, lambdas: Sequence[float], guidance_scale: float) -> tuple[GuidanceRow, ...]:
         """Rows of Algorithm 1; from the cut-off on, every row is a coarse point with delta = 0."""
+        rows = self._extrapolated(lambdas, guidance_scale)
+        fitted = self._fitted(rows, lambdas, guidance_scale)
+        if isinstance(fitted, str):
+            return rows
+        return tuple(
+            row
+            if row.evaluates_both or not row.delta_weights
+            else replace(row, delta_weights=deltas, cond_change_weights=changes)
+            for row, (deltas, changes) in zip(rows, fitted, strict=True)
+        )
+
+    def notes(self, lambdas: Sequence[float], guidance_scale: float) -> tuple[str, ...]:
+        """What a user should know of such a run: that fitted weights do not apply to it."""
+        if isinstance(self.reuse, str) or guidance_scale == 1.0:
+            return ()
+        rows = self._extrapolated(lambdas, guidance_scale)
+        why = self._fitted(rows, lambdas, guidance_scale)
+        return (f"{why}: {FALLBACK} extrapolation instead",) if isinstance(why, str) else ()
+
+    def _fitted(
+        self, rows: Sequence[GuidanceRow], lambdas: Sequence[float], guidance_scale: float
+    ) -> tuple[RowWeights, ...] | str:
+        if isinstance(self.reuse, str):
+            return "nothing is fitted"
+        coarse = [i for i, row in enumerate(rows) if row.evaluates_both]
+        return self.reuse.weights_for(lambdas, coarse, guidance_scale)
+
+    def _extrapolated(
+        self, lambdas: Sequence[float], guidance_scale: float
+    ) -> tuple[GuidanceRow, ...]:
         num_rows = len(lambdas)
         limit = self._limit(lambdas)
         points = {*self.coarse_grid(lambdas, guidance_scale), limit, num_rows}
@@ -237,7 +284,8 @@ class THG:
         return tuple(rows)
 
     def _held(self, held: Sequence[float], at: float) -> tuple[float, ...]:
-        return weights(held, at, DEGREES[self.reuse], self.damping)
+        degree = DEGREES[self.reuse if isinstance(self.reuse, str) else FALLBACK]
+        return weights(held, at, degree, self.damping)
 
 
 @dataclass(frozen=True)

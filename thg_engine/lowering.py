@@ -18,7 +18,7 @@ from numbers import Real
 from typing import TypedDict
 
 from .errors import InvalidArgument
-from .guidance import UNGUIDED, Guidance, GuidanceRow
+from .guidance import THG, UNGUIDED, Guidance, GuidanceRow
 from .plan import Row, SamplingPlan, Weights
 from .schedule import Point
 from .solvers import Solver, solver_table
@@ -74,7 +74,7 @@ def plan_from_table(
         guidance_scale,
         table.prediction_type,
         table.initial_scale,
-        notes,
+        (*notes, *_notes(guidance, table.lambdas, guidance_scale)),
     )
 
 
@@ -92,7 +92,12 @@ def plan_from_timesteps(
         Row(timestep=t, lambda_t=value, **_guidance_columns(row, guidance_scale))
         for t, value, row in zip(timesteps, lambdas, guided, strict=True)
     )
+    notes = (*notes, *_notes(guidance, lambdas, guidance_scale))
     return SamplingPlan(rows, guidance.name, solver, guidance_scale, notes=notes)
+
+
+def _notes(guidance: Guidance, lambdas: Sequence[float], guidance_scale: float) -> tuple[str, ...]:
+    return guidance.notes(lambdas, guidance_scale) if isinstance(guidance, THG) else ()
 
 
 def plan_from_solver(

@@ -7,24 +7,43 @@ value there of the polynomial through the held deltas D_k:
 
 of degree 0 (held, Algorithm 1), 1 or 2. Holding is of first order in the length of a span, a
 polynomial of degree p of order p + 1. Damping takes a share s of the change that it foretells:
-w_k <- (1 - s) [k = 0] + s w_k.
+w_k <- (1 - s) [k = 0] + s w_k. Weights may be fitted to a model instead (`FittedWeights`).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 from .errors import InvalidArgument
 
 DEGREES = {"hold": 0, "linear": 1, "quadratic": 2}
 COORDINATES = ("time", "lambda", "row")
+FALLBACK = "linear"
+"""What stands in where fitted weights do not apply."""
+RowWeights = tuple[tuple[float, ...], tuple[float, ...]]
+"""w_k of held deltas and v_k of changes of the conditional output, in one row."""
+
+
+@runtime_checkable
+class FittedWeights(Protocol):
+    """Weights that were fitted to a model, as `fitting.reuse.FittedReuse` is."""
+
+    def grid_for(self, lambdas: Sequence[float]) -> tuple[int, ...] | None:
+        """Coarse rows of the runs they were fitted to; None where this is another run."""
+
+    def weights_for(
+        self, lambdas: Sequence[float], coarse_rows: Sequence[int], guidance_scale: float
+    ) -> tuple[RowWeights, ...] | str:
+        """Weights of every row, or why there are none for this run."""
 
 
 def check_reuse(reuse: object, along: object, damping: object) -> None:
     """Refuse what names no extrapolation."""
-    if reuse not in DEGREES:
-        raise InvalidArgument("reuse", reuse, f"use one of {', '.join(DEGREES)}.")
+    if not isinstance(reuse, FittedWeights) and not (isinstance(reuse, str) and reuse in DEGREES):
+        remedy = f"use one of {', '.join(DEGREES)}, or weights from thg_engine.fit_reuse."
+        raise InvalidArgument("reuse", reuse, remedy)
     if along not in COORDINATES:
         raise InvalidArgument("along", along, f"use one of {', '.join(COORDINATES)}.")
     if isinstance(damping, bool) or not isinstance(damping, (int, float)) or not 0 <= damping <= 1:

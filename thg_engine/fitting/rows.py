@@ -116,10 +116,11 @@ def observe(engine: Engine, registers: Registers, row: Row, batch: Batch) -> Non
     if row.evaluates_both:
         registers.observe(row, *evaluate_both(engine, x, row.timestep, cond, uncond))
     else:
-        registers.observe(row, _evaluate(engine, x, row.timestep, cond), None)
+        registers.observe(row, evaluate(engine, x, row.timestep, cond), None)
 
 
-def _evaluate(engine: Engine, x: Tensor, timestep: float, cond: Conditioning) -> Tensor:
+def evaluate(engine: Engine, x: Tensor, timestep: float, cond: Conditioning) -> Tensor:
+    """The conditional output in the registers' dtype."""
     fed = x if engine.model_dtype is None else x.to(engine.model_dtype)
     return engine.evaluate(fed, timestep, cond).to(engine.register_dtype)
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ...curves import FORMAT, VERSION, Calibration
 from ...errors import InvalidArgument
+from ...fitting.reuse import FittedReuse
 from ...grid import MappedGrid
 from ...guidance import GUIDANCE_NAMES, THG, Guidance
 from ...plan import SamplingPlan
@@ -29,6 +30,8 @@ def encode(guidance: Guidance | SamplingPlan | str) -> str | dict[str, Any]:
             options: dict[str, Any] = asdict(guidance)  # type: ignore[call-overload]
             if isinstance(guidance, THG) and guidance.calibration is not None:
                 options["calibration"] |= {"format": FORMAT, "version": VERSION}
+            if isinstance(guidance, THG) and isinstance(guidance.reuse, FittedReuse):
+                options["reuse"] = guidance.reuse.document()
             given = json.loads(json.dumps(options))
             return {METHOD: name, **{k: v for k, v in given.items() if v is not None}}
     return {OTHER: f"{type(guidance).__module__}.{type(guidance).__qualname__}"}
@@ -54,6 +57,8 @@ def decode(value: Any) -> Any:
     if isinstance(options.get("calibration"), Mapping):
         document = dict(options["calibration"])
         options["calibration"] = Calibration.from_document(document, "guider config")
+    if isinstance(options.get("reuse"), Mapping):
+        options["reuse"] = FittedReuse.from_document(dict(options["reuse"]), "guider config")
     if isinstance(options.get("grid"), Mapping):
         grid = options["grid"]
         options["grid"] = MappedGrid(

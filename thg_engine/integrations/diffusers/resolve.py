@@ -15,6 +15,7 @@ from ...curves import Calibration
 from ...errors import CalibrationError, InvalidArgument
 from ...fitting.front import FORMAT as FRONT_FORMAT
 from ...fitting.front import PlanFront
+from ...fitting.reuse import FittedReuse
 from ...guidance import (
     FRESH,
     GUIDANCE_NAMES,
@@ -146,6 +147,10 @@ def _check(guidance: Any, calibration: Any, nfe: Any, module: torch.nn.Module) -
             message = f"the calibration is of {curves.model!r}, another architecture"
             remedy = "calibrate this model with `thg-engine calibrate`"
             raise CalibrationError(f"{message}; {remedy}.")
+    reuse = guidance.reuse if isinstance(guidance, THG) else None
+    if isinstance(reuse, FittedReuse) and reuse.fingerprint not in ("", fingerprint(module)):
+        message = f"the reuse weights are of {reuse.model!r}, another architecture"
+        raise CalibrationError(f"{message}; fit this model with thg_engine.fit_reuse.")
     if calibration is not None and own not in (None, calibration):
         remedy = "guidance has a calibration of its own; give one of the two."
         raise InvalidArgument("calibration", f"<of {calibration.model}>", remedy)

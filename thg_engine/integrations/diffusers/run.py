@@ -16,6 +16,7 @@ Where both branches are evaluated without boost, the denoiser's output passes th
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -198,7 +199,9 @@ class PipelineRun:
         self._needs_branches = made.needs_branches
         if not deferred and isinstance(output, BranchSum):
             output = output.value()
-        self.plan = made.plan
+        # The rows were chosen before the step was known, and so was what there is to say of them.
+        notes = dict.fromkeys((*self.plan.notes, *made.plan.notes))
+        self.plan = replace(made.plan, notes=tuple(notes))
         self.fused = FusedStep(
             made.plan,
             made.solver,
