@@ -525,7 +525,9 @@ def test_drift_changes_nothing_and_measures_the_reused_delta(fused, boost) -> No
 @pytest.mark.parametrize("fused", [None, False])
 def test_drift_beside_a_controlnet(fused) -> None:
     """The companion, too, runs for all branches in the row that is measured."""
-    entry, given = ZOO["sd_controlnet"], {"num_inference_steps": 6}
+    entry = ZOO["sd_controlnet"]
+    # Two prompts: residuals of one would be broadcast over both branches unseen.
+    given = {**entry.batch, "num_inference_steps": 6}
     options = {"guidance": thg_engine.THG(grid=2), "fused": fused}
     expected = zoo_call(entry, thg_engine.compile(build(entry), **options), **given)
     pipe = thg_engine.compile(build(entry), **options, drift=1)
