@@ -556,7 +556,9 @@ def test_kill_switch(monkeypatch) -> None:
 @pytest.fixture
 def quick(monkeypatch) -> None:
     """Few nodes and stock solvers: a second, not a minute."""
-    monkeypatch.setattr(searching, "make_nodes", lambda schedule: make_nodes(schedule, 16, 2))
+    monkeypatch.setattr(
+        searching, "make_nodes", lambda schedule, end: make_nodes(schedule, 16, 2, end)
+    )
     calibrating = importlib.import_module("thg_engine.integrations.diffusers.calibrate_plans")
     monkeypatch.setattr(calibrating, "STOCK_STEPS", (4, 8))
     monkeypatch.setattr(calibrating, "STOCK_BY_KIND", {"vp": ("ddim", "dpm++2m")})

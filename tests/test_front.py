@@ -234,7 +234,9 @@ def task_of(model: Gaussian, store: Store, **more) -> Task:
 
 @pytest.fixture
 def few_nodes(monkeypatch) -> None:
-    monkeypatch.setattr(searching, "make_nodes", lambda schedule: make_nodes(schedule, 16, 2))
+    monkeypatch.setattr(
+        searching, "make_nodes", lambda schedule, end: make_nodes(schedule, 16, 2, end)
+    )
 
 
 def stock_plan(scale: float):

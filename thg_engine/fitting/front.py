@@ -59,12 +59,18 @@ class PlanEntry:
         timesteps: of the rows, falling.
         coarse_rows: rows that evaluate both branches.
         fits: at each calibrated guidance scale, growing.
+        end: (alpha_t, sigma_t) of the sample that the last row makes.
     """
 
     solver: str
     timesteps: tuple[float, ...]
     coarse_rows: tuple[int, ...]
     fits: tuple[ScaleFit, ...]
+    end: tuple[float, float] = (1.0, 0.0)
+
+    def points(self, schedule: NoiseSchedule) -> tuple[Point, ...]:
+        """Of the rows, and the end."""
+        return (*(schedule.point(t) for t in self.timesteps), Point(0.0, *self.end))
 
     @property
     def num_steps(self) -> int:
@@ -148,8 +154,7 @@ def base_plan(
     entry: PlanEntry, schedule: NoiseSchedule, prediction_type: str, guidance_scale: float
 ) -> SamplingPlan:
     """The rows of ``entry`` before any correction."""
-    points = [schedule.point(t) for t in entry.timesteps]
-    table = solver_table(get_solver(entry.solver), [*points, Point(0.0, 1.0, 0.0)], prediction_type)
+    table = solver_table(get_solver(entry.solver), entry.points(schedule), prediction_type)
     guidance = CFG() if entry.is_full else THG(grid=entry.coarse_rows, reuse="linear")
     return plan_from_table(table, guidance, guidance_scale)
 
@@ -330,7 +335,9 @@ def _entry(document: dict[str, Any]) -> PlanEntry:
         raise ValueError("the guidance scales of a plan grow")
     if any(not 0.0 < error < math.inf for fit in fits for error in (fit.error, fit.base_error)):
         raise ValueError("the errors of a plan are positive numbers")
-    return PlanEntry(document["solver"], timesteps, coarse, tuple(fits))
+    alpha_t, sigma_t = document["end"]
+    Point(0.0, alpha_t, sigma_t)
+    return PlanEntry(document["solver"], timesteps, coarse, tuple(fits), (alpha_t, sigma_t))
 
 
 def _tuples(document: dict[str, Any]) -> dict[str, Any]:

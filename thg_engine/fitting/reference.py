@@ -36,7 +36,7 @@ class Nodes:
     """Points that plans choose theirs from.
 
     Attributes:
-        points: K + 1, from noise to data; the last has sigma_t = 0 and nothing is evaluated there.
+        points: K + 1, from noise to data; nothing is evaluated at the last.
         substeps: steps of the converged run between each two, K values.
     """
 
@@ -54,13 +54,20 @@ class Nodes:
         return sum(self.substeps)
 
 
-def make_nodes(schedule: NoiseSchedule, count: int = 60, substeps: int = 4) -> Nodes:
+DATA = Point(0.0, 1.0, 0.0)
+"""The end of a run without any noise left."""
+
+
+def make_nodes(
+    schedule: NoiseSchedule, count: int = 60, substeps: int = 4, end: Point = DATA
+) -> Nodes:
     """Nodes of a schedule.
 
     Args:
         schedule: kinds ``vp`` and ``flow``; timesteps of ``vp`` are whole, as in training.
         count: K.
         substeps: steps of the converged run between two of them.
+        end: where runs end; its timestep is 0.
     Raises:
         InvalidArgument: another kind of schedule, or fewer than two nodes.
     """
@@ -70,14 +77,15 @@ def make_nodes(schedule: NoiseSchedule, count: int = 60, substeps: int = 4) -> N
     if count < 2 or substeps < 1:
         raise InvalidArgument("count", count, "give at least two nodes, and a step between them.")
     whole = schedule.kind == "vp"
-    top = float(schedule.num_train_timesteps - whole)
+    # Of a flow too: at T itself there is no half log-SNR, and no multistep solver begins there.
+    top = schedule.num_train_timesteps - 1.0
     bottom = max(1.0, 0.001 * top)
     times = _spaced(schedule, top, bottom, count)
     times = sorted({round(t) if whole else t for t in times}, reverse=True)
     gaps = [a - b for a, b in zip(times, [*times[1:], 0.0], strict=True)]
     steps = [int(min(substeps, gap)) if whole else substeps for gap in gaps[:-1]]
     points = [schedule.point(t) for t in times]
-    return Nodes((*points, Point(0.0, 1.0, 0.0)), (*steps, 1))
+    return Nodes((*points, end), (*steps, 1))
 
 
 def _spaced(schedule: NoiseSchedule, top: float, bottom: float, count: int) -> list[float]:

@@ -17,10 +17,10 @@ from ..errors import InvalidArgument
 from ..guidance import CFG
 from ..lowering import plan_from_table
 from ..plan import SamplingPlan
-from ..schedule import NoiseSchedule
+from ..schedule import NoiseSchedule, Point
 from ..solvers import get_solver, solver_table
 from .front import PlanEntry, ScaleFit, StockEntry, base_plan
-from .reference import Batch, Nodes, Trajectory, converge, make_nodes
+from .reference import DATA, Batch, Nodes, Trajectory, converge, make_nodes
 from .registers import Registers
 from .rows import DEPTH, Correction, Gather, corrected, errors, fit_rows, observe
 from .spans import Grid, SpanErrors, inner_products
@@ -56,6 +56,7 @@ class Task:
         gather: brings rows of other processes.
         store: keeps what has been done, so that an interrupted calibration goes on.
         progress: whether bars are shown.
+        end: where runs end.
     """
 
     engine: Engine
@@ -70,6 +71,7 @@ class Task:
     gather: Gather = lambda rows: rows
     store: Store = field(default_factory=Store)
     progress: bool = False
+    end: Point = DATA
     nodes: Nodes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -78,7 +80,7 @@ class Task:
         if not self.budgets or min(self.budgets) < 4:
             raise InvalidArgument("budgets", self.budgets, "give budgets of at least 4 each.")
         get_solver(self.solver)
-        self.nodes = make_nodes(self.schedule)
+        self.nodes = make_nodes(self.schedule, end=self.end)
 
     def bar(self, name: str, total: int) -> Any:
         """A progress bar."""
@@ -231,7 +233,8 @@ def _growth(task: Task, run: Trajectory, node: int) -> float:
 def entry_of(task: Task, grid: Grid, fits: tuple[ScaleFit, ...]) -> PlanEntry:
     """A plan of the front."""
     timesteps = tuple(task.nodes.points[j].timestep for j in grid.nodes)
-    return PlanEntry(task.solver, timesteps, grid.coarse_rows, fits)
+    end = (task.end.alpha_t, task.end.sigma_t)
+    return PlanEntry(task.solver, timesteps, grid.coarse_rows, fits, end)
 
 
 def fitted(task: Task, grid: Grid, runs: Converged) -> ScaleFit:

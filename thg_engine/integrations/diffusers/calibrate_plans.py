@@ -27,18 +27,17 @@ from ...lowering import plan_from_table
 from ...plan import SamplingPlan
 from ...trace import trace
 from .captured import Captured, noise
-from .planned import native_schedule, schedule_digest, time_denoiser
+from .planned import end_of, native_schedule, schedule_digest, time_denoiser
 from .resolve import fingerprint
 
 HELD_OUT = 1 / 3
 """Share of the prompts that errors are measured on."""
-STOCK: dict[str, tuple[str, dict[str, Any]]] = {
-    "ddim": ("DDIMScheduler", {"set_alpha_to_one": True, "clip_sample": False}),
-    "dpm++2m": ("DPMSolverMultistepScheduler", {}),
-    "unipc": ("UniPCMultistepScheduler", {}),
-    "euler": ("FlowMatchEulerDiscreteScheduler", {}),
+STOCK = {
+    "ddim": "DDIMScheduler",
+    "dpm++2m": "DPMSolverMultistepScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "euler": "FlowMatchEulerDiscreteScheduler",
 }
-"""Short name -> diffusers class and settings, all from the first timestep to sigma_t = 0."""
 STOCK_BY_KIND = {"vp": ("ddim", "dpm++2m", "unipc"), "flow": ("euler", "dpm++2m", "unipc")}
 STOCK_STEPS = (8, 12, 20, 35, 50)
 
@@ -147,6 +146,7 @@ class _Job:
         """All that converged runs and fits depend on, besides the prompts and w."""
         made = [*map(str, (self.predicts, schedule_digest(self.schedule), self.negative_prompt))]
         made += [str(dict(self.call)), str(self.noises), str(solver)]
+        made += [str(end_of(self.pipe.scheduler, self.schedule))]
         return [*made, fingerprint(self.captured.module), _weights_digest(self.pipe)]
 
     def _task(
@@ -172,6 +172,7 @@ class _Job:
             _gather,
             store,
             progress and _rank()[0] == 0,
+            end_of(self.pipe.scheduler, self.schedule),
         )
         return task, count
 
@@ -313,9 +314,8 @@ def _stock_plan(scheduler: Any, kind: str, name: str, num_steps: int) -> StockPl
 
 
 def stock_scheduler(scheduler: Any, kind: str, name: str) -> Any:
-    """An ordinary solver on the noise schedule of ``scheduler``."""
-    class_name, extra = STOCK[name]
-    kept = dict(scheduler.config)
+    """An ordinary solver on the noise schedule of ``scheduler``, which begins and ends like it."""
+    class_name, kept = STOCK[name], dict(scheduler.config)
     if kind == "flow":
         more = {"num_train_timesteps": kept.get("num_train_timesteps", 1000)}
         if class_name != "FlowMatchEulerDiscreteScheduler":
@@ -324,5 +324,7 @@ def stock_scheduler(scheduler: Any, kind: str, name: str) -> Any:
         else:
             more["shift"] = kept.get("shift", 1.0) or 1.0
         return getattr(diffusers, class_name)(**more)
-    more = {"timestep_spacing": "trailing", **extra}
+    clean = end_of(scheduler, native_schedule(scheduler)[0]).sigma_t == 0.0
+    more = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": clean}
+    more["final_sigmas_type"] = "zero" if clean else "sigma_min"
     return getattr(diffusers, class_name).from_config(kept, **more)

@@ -69,8 +69,7 @@ class PlannedCall:
     @property
     def points(self) -> tuple[Point, ...]:
         """Of the rows, and the end."""
-        here = tuple(self.schedule.point(t) for t in self.choice.entry.timesteps)
-        return (*here, Point(0.0, 1.0, 0.0))
+        return self.choice.entry.points(self.schedule)
 
     @property
     def table(self) -> SolverTable:

@@ -17,9 +17,10 @@ from ...doctor import machine_line
 from ...errors import CalibrationError, InvalidArgument, UnsupportedPipeline
 from ...fitting.choose import Choice, Target, choose, stock_error
 from ...fitting.front import PlanEntry, PlanFront
+from ...fitting.reference import DATA
 from ...fitting.shipped import shipped_front
 from ...plan import SamplingPlan
-from ...schedule import NoiseSchedule, prediction_type
+from ...schedule import NoiseSchedule, Point, grid_points, prediction_type
 from .adapters import find_record
 from .captured import Captured, noise
 from .plan_scheduler import PlannedCall, PlanScheduler
@@ -37,6 +38,15 @@ def native_schedule(scheduler: Any) -> tuple[NoiseSchedule, str]:
         # Karras' schedulers rescale the samples themselves; the model is the same VP model.
         schedule = NoiseSchedule.from_alphas_cumprod(scheduler.alphas_cumprod)
     return schedule, prediction_type(scheduler)
+
+
+def end_of(scheduler: Any, schedule: NoiseSchedule) -> Point:
+    """Where a pipeline's own scheduler ends: noise-free, or at the first training noise level."""
+    copy = type(scheduler).from_config(scheduler.config)
+    copy.set_timesteps(USUAL_STEPS)
+    noisy = schedule.kind == "vp" and grid_points(copy)[-1].sigma_t > 0.0
+    first = schedule.point(0.0)
+    return Point(0.0, first.alpha_t, first.sigma_t) if noisy else DATA
 
 
 def schedule_digest(schedule: NoiseSchedule) -> str:
