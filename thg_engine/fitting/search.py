@@ -27,7 +27,7 @@ from .spans import Grid, SpanErrors, inner_products
 from .store import Store
 
 BUDGETS = (10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 44, 50, 56, 60, 70, 80, 100)
-SPREADS = ((0.35, 0.02), (0.6, 0.02), (0.6, 0.005))
+SPREADS = ((0.35, 0.02), (0.6, 0.02))
 """(share of half log-SNR in the spacing, last time): grids tried beside the optimal ones, which
 know single steps from the converged trajectory and not how their errors add up."""
 PROBES = 6
