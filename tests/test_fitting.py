@@ -275,8 +275,8 @@ class Fixture:
         self.type, model = prediction_type, Gaussian(self.schedule, prediction_type, bend)
         self.model, self.engine = model, model.engine()
         self.nodes = make_nodes(self.schedule, 24, 3)
-        self.fit = [self.converged(batch_of(seed, 6)) for seed in (1, 2)]
-        self.held_out = [self.converged(batch_of(9, 6))]
+        self.fit = [self.converged(batch_of(seed, 6)) for seed in (1, 2, 3, 4)]
+        self.held_out = [self.converged(batch_of(seed, 6)) for seed in (9, 10, 11)]
 
     def converged(self, batch):
         return converge(self.engine, self.schedule, self.nodes, batch, W, self.type)
