@@ -309,7 +309,7 @@ def test_fitted_rows_are_nearer_to_the_converged_run(fixture, both) -> None:
     run = fixture.held_out[0]
     end = fixture.engine.sample(*run.batch, plan)
     expected = (end - run.final).norm(dim=1) / run.final.norm(dim=1)
-    torch.testing.assert_close(fitted, expected, rtol=1e-9, atol=0)
+    torch.testing.assert_close(fitted[: len(end)], expected, rtol=1e-9, atol=0)
     assert all(row.gain <= 1.0 for row in found)
 
 
