@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from thg_engine.evaluation.metrics import (
 from thg_engine.evaluation.plots import curves_of, plot_rows
 from thg_engine.evaluation.settings import QUICK, Settings
 from thg_engine.evaluation.store import Store
+from thg_engine.fitting import search
+from thg_engine.fitting.reference import make_nodes
 from training import data
 
 COLUMNS = {
@@ -46,11 +49,12 @@ TINY: dict[str, Any] = {
     "reuse_steps": (2,),
     "reuse_solvers": ("ddim",),
     "prompts": 2,
-    "selection_prompts": 2,
+    "selection_prompts": 6,
     "seeds": 3,
     "reference_steps": 4,
     "quality_images": 8,
     "quality_steps": 2,
+    "budgets": (8,),
 }
 
 
@@ -125,6 +129,12 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "baselines", some)
     monkeypatch.setattr(evaluate, "REFERENCE_STEPS", 4)
     monkeypatch.setattr("thg_engine.evaluation.scores.REFERENCE_STEPS", 4)
+    monkeypatch.setattr(
+        search, "make_nodes", lambda schedule, end: make_nodes(schedule, 12, 1, end)
+    )
+    # The package has a function of the module's name.
+    calibration = import_module("thg_engine.integrations.diffusers.calibrate_plans")
+    monkeypatch.setattr(calibration, "STOCK_STEPS", (4,))
     for name, value in TINY.items():
         monkeypatch.setitem(QUICK, name, value)
 
@@ -135,7 +145,7 @@ def test_quick_end_to_end_and_again(tmp_path: Path, capsys: Any, monkeypatch: An
     command = ["evaluate", "--quick", "--pipeline", "sd", "--out", str(out)]
     assert main(command) == 0
     printed = capsys.readouterr().out
-    assert "calibrated plans" in printed and "PSNR to converged" in printed
+    assert "calibrated plan" in printed and "PSNR to converged" in printed
     document = json.loads((out / "evaluate.json").read_text())
     assert (out / "sd-w5.png").read_bytes().startswith(b"\x89PNG")
     rows = document["rows"]
@@ -145,7 +155,11 @@ def test_quick_end_to_end_and_again(tmp_path: Path, capsys: Any, monkeypatch: An
         assert (row["psnr_to_same_n"] is None) == (row["method"] == "CFG")
         assert row["ci95"][0] <= row["psnr_to_converged"] <= row["ci95"][1]
         assert row["seconds"] > 0 and row["c2"] > 0 and row["seeds"] == 3
-        assert row["num_steps"] <= row["nfe"] <= 2 * row["num_steps"]
+        if row["method"].startswith("calibrated plan"):
+            assert row["num_steps"] == 50 and row["nfe"] <= 8  # of the call, and the budget
+        else:
+            assert row["num_steps"] <= row["nfe"] <= 2 * row["num_steps"]
+    assert "calibrated plan, 8 NFE" in {row["method"] for row in rows}
     quality = document["quality"]
     assert {row["guidance_scale"] for row in quality} == {2.0}
     assert all(row["images"] == 8 and math.isfinite(row["frechet_floor"]) for row in quality)
@@ -273,7 +287,9 @@ def test_plans_of_a_front_are_points_of_ours(tmp_path: Path, monkeypatch: Any) -
     for _ in range(2):
         found = [*ours.our_methods(flow_box(), settings, tmp_path, lambda _text: None)]
     assert len(asked) == 1
-    assert asked[0][1] == {"guidance_scales": (2.0, 5.0), "seed": 900_000}
+    options = {"guidance_scales": [5.0, 2.0], "seed": 900_000, "budgets": (3, 5)}
+    folder = {"work_dir": tmp_path / "calibration"}
+    assert asked[0][1] == {**options, **folder, "max_sequence_length": 1}
     assert not {*asked[0][0]} & {*cli_prompts(settings)}
     names = [method.name for method in found if "plan" in method.name]
     assert names == ["calibrated plan, 3 NFE", "calibrated plan, 5 NFE"]

@@ -60,7 +60,7 @@ class Settings:
         for name in self.pipelines:
             if name not in BOXES:
                 raise InvalidArgument("pipelines", name, f"use one of {', '.join(BOXES)}.")
-        least = {"prompts": 1, "selection_prompts": 2, "seeds": 3, "seed": 0, "quality_images": 0}
+        least = {"prompts": 1, "selection_prompts": 6, "seeds": 3, "seed": 0, "quality_images": 0}
         for name, bound in least.items():
             if getattr(self, name) < bound:
                 raise InvalidArgument(name, getattr(self, name), f"give at least {bound}.")
