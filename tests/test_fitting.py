@@ -25,7 +25,6 @@ from thg_engine.plan import Row, SamplingPlan
 from thg_engine.schedule import NoiseSchedule
 from thg_engine.solvers import SOLVERS
 
-RNG = np.random.default_rng(0)
 COLUMNS = ("sample_weights", "guided_weights", "cond_weights", "step_delta_weights")
 COLUMNS += ("state_weights", "state_update", "state_delta_update", "state_sample_update")
 COLUMNS += ("state_guided_update", "delta_weights", "cond_change_weights")
@@ -116,13 +115,13 @@ class Plain:
 
 def random_plan() -> SamplingPlan:
     """Every column filled as far back as there is something to read."""
-    rows, deltas, states = [], 0, 0
+    rng, rows, deltas, states = np.random.default_rng(0), [], 0, 0
     for i in range(5):
         both = i in (0, 1, 3)
         deltas, before, states = deltas + both, states, states + 1
         depths = (i + 1, i + 1, i + 1, deltas, states, before, deltas, i + 1, i + 1, deltas, i)
         columns = {
-            name: tuple(0.4 * RNG.normal(size=min(depth, 3)))
+            name: tuple(0.4 * rng.normal(size=min(depth, 3)))
             for name, depth in zip(COLUMNS, depths, strict=True)
         }
         rows.append(Row(900.0 - 150 * i, 0.3 * i, 1.0, both, 1.5 + i, **columns))
@@ -149,9 +148,10 @@ def test_registers_are_the_row_formula() -> None:
 
 def features(samples: int = 7, k: int = 3, size: int = 20, noise: float = 0.1):
     """Features of very different sizes, and a target made of them."""
-    given = RNG.normal(size=(samples, k, size)) * np.array([1.0, 100.0, 1e-2])[:k, None]
+    rng = np.random.default_rng(0)
+    given = rng.normal(size=(samples, k, size)) * np.array([1.0, 100.0, 1e-2])[:k, None]
     y = np.einsum("k,bkn->bn", np.array([1.0, 2e-2, -30.0])[:k], given)
-    y = y + noise * RNG.normal(size=y.shape)
+    y = y + noise * rng.normal(size=y.shape)
     return given, y
 
 

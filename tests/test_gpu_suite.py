@@ -432,8 +432,8 @@ def test_smoke_run_end_to_end(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu_suite.py"), "--smoke"]
     command += ["--out", str(path), "--models", "sd15", "wan"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     found = json.loads(path.read_text())
+    assert done.returncode == 0, (report.faults(found), done.stderr[-2000:])
     labels = [f"{model}/{part}" for model in ("sd15", "wan") for part in suite.PARTS]
     assert set(found["parts"]) == {*suite.FIRST, *labels, *suite.LAST}
     assert not any(part["failure"] for part in found["parts"].values())

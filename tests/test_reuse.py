@@ -19,8 +19,7 @@ from thg_engine.reuse import coordinates, weights
 from thg_engine.solvers import SOLVERS
 from zoo import ZOO, build, call
 
-RNG = np.random.default_rng(0)
-LAMBDAS = sorted(RNG.uniform(-5, 5, 20))
+LAMBDAS = sorted(np.random.default_rng(0).uniform(-5, 5, 20))
 
 
 @pytest.mark.parametrize("along", ["time", "lambda", "row"])
@@ -29,7 +28,7 @@ def test_polynomials_are_met_exactly(reuse, degree, along) -> None:
     """Once there are as many deltas as the degree needs; the reference is numpy's polyval."""
     guidance = THG(grid=(0, 1, 2, 5, 9, 14), reuse=reuse, along=along)
     rows, x = guidance.rows(LAMBDAS, 5.0), coordinates(LAMBDAS, along)
-    polynomial = RNG.normal(size=degree + 1)
+    polynomial = np.random.default_rng(degree).normal(size=degree + 1)
     delta = np.polyval(polynomial, x)
     held: list[float] = []
     for i, row in enumerate(rows):

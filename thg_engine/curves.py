@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from .documents import fields_of, read_document
 from .errors import CalibrationError, InvalidArgument
 
 FORMAT = "thg-engine-calibration"
@@ -113,27 +114,19 @@ class Calibration:
             CalibrationError: missing file, no JSON, another format or version, bad or missing
                 field.
         """
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CalibrationError(f"cannot read calibration {str(path)!r}: {error}") from error
-        return cls.from_document(document, str(path))
+        return cls.from_document(read_document(path), str(path))
 
     @classmethod
     def from_document(cls, document: object, origin: str) -> Calibration:
         """A calibration from parsed JSON; ``origin`` names it in errors."""
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            remedy = "make one with `thg-engine calibrate`"
-            raise CalibrationError(f"{origin!r} is not a {FORMAT} file; {remedy}.")
-        if document.get("version") != VERSION:
-            found = document.get("version")
-            message = f"{origin!r} has version {found!r}, this release reads {VERSION}"
-            raise CalibrationError(f"{message}; calibrate again.")
+        given = fields_of(
+            document, origin, FORMAT, VERSION, "calibrate again: thg-engine calibrate"
+        )
         values: dict[str, Any] = {}
         for field in fields(cls):
-            if field.name not in document:
+            if field.name not in given:
                 raise CalibrationError(f"{origin!r} lacks the field {field.name!r}.")
-            value = document[field.name]
+            value = given[field.name]
             values[field.name] = tuple(value) if isinstance(value, list) else value
         try:
             return cls(**values)

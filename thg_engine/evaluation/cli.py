@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
 from pathlib import Path
 from typing import Any
 
+from ..cli_checks import writable
 from ..errors import InvalidArgument, MissingWeights
 
 DESCRIPTION = """\
@@ -66,7 +66,7 @@ def run_evaluation(args: argparse.Namespace, say: Any) -> tuple[dict[str, Any], 
     if importlib.util.find_spec("matplotlib") is None:
         remedy = "plots need matplotlib: pip install thg-engine[metrics]."
         raise InvalidArgument("--out", str(args.out), remedy)
-    _make_folder(args.out)
+    writable(args.out)
     from ..doctor import machine_line
     from .evaluate import evaluate
     from .plots import plot_rows
@@ -112,13 +112,3 @@ def _boxes(names: tuple[str, ...], skip_missing: bool, store: Any, say: Any) -> 
             say(f"{name}: left out: {error}")
             store.note(f"{name}: left out: its weights are not there")
     return boxes
-
-
-def _make_folder(folder: Path) -> None:
-    """Make ``folder``; found out before minutes of work, not after."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InvalidArgument("--out", str(folder), f"cannot be made ({error}).") from error
-    if not os.access(folder, os.W_OK):
-        raise InvalidArgument("--out", str(folder), "is not writable; give another folder.")

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..curves import Calibration
+from ..documents import fields_of, read_document
 from ..errors import CalibrationError, InvalidArgument
 from ..guidance import CFG, THG
 from ..lowering import plan_from_table
@@ -280,21 +281,12 @@ class PlanFront:
             CalibrationError: missing file, no JSON, another format or version, bad or missing
                 field.
         """
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CalibrationError(f"cannot read calibration {str(path)!r}: {error}") from error
-        return cls.from_document(document, str(path))
+        return cls.from_document(read_document(path), str(path))
 
     @classmethod
     def from_document(cls, document: Any, origin: str) -> PlanFront:
         """A front from parsed JSON; ``origin`` names it in errors."""
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise CalibrationError(f"{origin!r} is not a {FORMAT} file.")
-        if document.get("version") != VERSION:
-            message = f"{origin!r} has version {document.get('version')!r}, this release reads"
-            raise CalibrationError(f"{message} {VERSION}; calibrate again.")
-        values = {k: v for k, v in document.items() if k not in ("format", "version")}
+        values = fields_of(document, origin, FORMAT, VERSION)
         try:
             values["plans"] = tuple(map(_entry, values["plans"]))
             values["stock"] = tuple(StockEntry(**each) for each in values["stock"])

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..documents import fields_of, read_document
 from ..engine import Engine
 from ..errors import CalibrationError, InvalidArgument
 from ..plan import Row, SamplingPlan, Weights
@@ -167,21 +168,12 @@ class FittedReuse:
             CalibrationError: missing file, no JSON, another format or version, bad or missing
                 field.
         """
-        try:
-            document = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise CalibrationError(f"cannot read reuse weights {str(path)!r}: {error}") from error
-        return cls.from_document(document, str(path))
+        return cls.from_document(read_document(path), str(path))
 
     @classmethod
     def from_document(cls, document: Any, origin: str) -> FittedReuse:
         """Weights from parsed JSON; ``origin`` names it in errors."""
-        if not isinstance(document, dict) or document.get("format") != FORMAT:
-            raise CalibrationError(f"{origin!r} is not a {FORMAT} file.")
-        if document.get("version") != VERSION:
-            message = f"{origin!r} has version {document.get('version')!r}, this release reads"
-            raise CalibrationError(f"{message} {VERSION}; fit again.")
-        values = {k: v for k, v in document.items() if k not in ("format", "version")}
+        values = fields_of(document, origin, FORMAT, VERSION, "fit again")
         try:
             values["lambdas"] = tuple(map(float, values["lambdas"]))
             values["coarse_rows"] = tuple(values["coarse_rows"])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..cli_checks import writable
 from ..curves import Calibration
 from ..errors import InvalidArgument, MissingWeights
 from ..guidance import Guidance
@@ -211,13 +211,7 @@ def _out(folder: Path | None) -> Path:
     """The folder to write to; found out before anything is generated."""
     if folder is None:
         raise InvalidArgument("--out", None, "give the folder for samples and results.")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError as error:
-        raise InvalidArgument("--out", str(folder), f"cannot be made ({error}).") from error
-    if not writable:
-        raise InvalidArgument("--out", str(folder), "is not writable; give another folder.")
+    writable(folder)
     return folder
 
 

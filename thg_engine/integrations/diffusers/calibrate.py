@@ -16,7 +16,7 @@ from ...schedule import NoiseSchedule, model_timesteps, prediction_type
 from ...solvers import get_solver
 from .adapters import find_record
 from .networks import Networks
-from .resolve import fingerprint
+from .resolve import fingerprint, model_name
 
 CALIBRATED = (
     *("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"),
@@ -77,8 +77,8 @@ def _bar(
 
 def _origin(pipe: Any, module: Any, prompts: Sequence[str], model: str) -> dict[str, Any]:
     """Where the curves come from, as the file records it."""
-    own = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
-    return {"model": model or own, "fingerprint": fingerprint(module), "prompts": prompts}
+    name = model or model_name(pipe)
+    return {"model": name, "fingerprint": fingerprint(module), "prompts": prompts}
 
 
 def _supported(pipe: Any) -> Any:

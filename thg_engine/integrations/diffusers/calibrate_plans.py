@@ -12,7 +12,6 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import Tensor
 
 from ...calibration import check_scale
 from ...curves import Calibration
@@ -26,9 +25,10 @@ from ...guidance import CFG
 from ...lowering import plan_from_table
 from ...plan import SamplingPlan
 from ...trace import trace
-from .captured import Captured, noise
+from .captured import Captured
 from .planned import end_of, native_schedule, schedule_digest, time_denoiser
-from .resolve import fingerprint
+from .resolve import fingerprint, model_name
+from .sampling import Noises, batches_of, gather, rank
 
 HELD_OUT = 1 / 3
 """Share of the prompts that errors are measured on."""
@@ -79,18 +79,9 @@ def calibrate_plans(
         UnsupportedPipeline, InvalidArgument: the message says what plans cannot be fitted to.
     """
     _check(prompts, guidance_scales, budgets, batch_size, samples)
-    scales, noises = tuple(map(float, guidance_scales)), _Noises(samples, seed, batch_size)
+    scales, noises = tuple(map(float, guidance_scales)), Noises(samples, seed, batch_size)
     job = _Job(pipe, tuple(prompts), scales, negative_prompt, noises, call)
     return job.front(tuple(budgets), solver, work_dir, progress, model, curves)
-
-
-@dataclass(frozen=True)
-class _Noises:
-    """Noises per prompt, their seed, and how many samples make a batch."""
-
-    samples: int
-    seed: int
-    batch_size: int
 
 
 @dataclass
@@ -101,7 +92,7 @@ class _Job:
     prompts: tuple[str, ...]
     scales: tuple[float, ...]
     negative_prompt: str
-    noises: _Noises
+    noises: Noises
     call: Mapping[str, Any]
 
     def __post_init__(self) -> None:
@@ -123,9 +114,8 @@ class _Job:
         seconds = _seconds(self.captured, store, self.call)
         task, count = self._task(budgets, seconds, solver, store, progress)
         found = search(task, _stock(self.pipe.scheduler, self.schedule.kind, self.predicts))
-        own = str(getattr(self.pipe.config, "_name_or_path", "") or type(self.pipe).__name__)
         return PlanFront(
-            model=model or own,
+            model=model or model_name(self.pipe),
             fingerprint=fingerprint(self.captured.module),
             scheduler_family=f"{self.schedule.kind}/{self.predicts}",
             schedule_digest=schedule_digest(self.schedule),
@@ -169,9 +159,9 @@ class _Job:
             tuple(sorted(set(budgets))),
             seconds[1] / seconds[0],
             solver or "dpmpp2m",
-            _gather,
+            gather,
             store,
-            progress and _rank()[0] == 0,
+            progress and rank()[0] == 0,
             end_of(self.pipe.scheduler, self.schedule),
         )
         return task, count
@@ -180,25 +170,17 @@ class _Job:
         """This process's batches to fit and to hold out, and how many prompts there are of each."""
         groups: list[list[Batch]] = []
         counts = []
-        prompts, samples, size = self.prompts, self.noises.samples, self.noises.batch_size
+        prompts = self.prompts
         held = [i for i in range(len(prompts)) if i % round(1 / HELD_OUT) == 2]
         for kept in (sorted(set(range(len(prompts))) - set(held)), held):
             counts.append(len(kept))
-            jobs = [(i, k) for k in range(samples) for i in kept]
-            chunks = [jobs[at : at + size] for at in range(0, len(jobs), size)]
-            groups.append([self._batch(chunk) for chunk in _mine(chunks)])
+            groups.append(self._sampled(kept))
         return groups[0], groups[1], (counts[0], counts[1])
 
-    def _batch(self, chunk: Sequence[tuple[int, int]]) -> Batch:
-        """Noise and conditioning of some (prompt, noise)."""
-        captions = [self.prompts[i] for i, _ in chunk]
-        given = (captions, self.negative_prompt, self.scales[0])
-        shape, cond, uncond = self.captured.conditioning(*given, **self.call)
-        # A seed for each sample: results do not depend on how the prompts are batched.
-        seed, samples = self.noises.seed, self.noises.samples
-        seeds = [seed * 1_000_003 + i * samples + k for i, k in chunk]
-        x = torch.cat([noise(shape, 1, each, self.captured.module) for each in seeds])
-        return x, cond, uncond
+    def _sampled(self, kept: Sequence[int]) -> list[Batch]:
+        """This process's batches of the prompts with these indices."""
+        given = (self.captured, self.prompts, kept, self.negative_prompt, self.scales[0])
+        return batches_of(*given, self.noises, self.call)
 
 
 def _check(
@@ -226,44 +208,17 @@ def _check(
             raise InvalidArgument(name, value, "give a whole number of at least 1.")
 
 
-def _rank() -> tuple[int, int]:
-    """(rank, processes) of this process."""
-    from torch import distributed
-
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def _mine(chunks: Sequence[Any]) -> list[Any]:
-    """This process's share, at least one: a process without any could not take part."""
-    rank, size = _rank()
-    if len(chunks) < size:
-        remedy = f"give at least {size} batches to fit and to hold out, one per process."
-        raise InvalidArgument("batch_size", len(chunks), remedy)
-    return list(chunks[rank::size])
-
-
-def _gather(rows: Tensor) -> Tensor:
-    """Rows of all processes, in the order of their ranks."""
-    if _rank()[1] == 1:
-        return rows
-    from accelerate.utils import gather_object
-
-    return torch.cat(gather_object([rows.cpu()]))
-
-
 def _store(work_dir: str | Path | None, prompts: Sequence[str], settings: Sequence[str]) -> Store:
     if work_dir is None:
         return Store()
-    rank, size = _rank()
+    index, size = rank()
     folder = Path(work_dir) / _digest([*settings, *prompts])[:16]
-    suffix = "" if size == 1 else f"-{rank}-of-{size}"
+    suffix = "" if size == 1 else f"-{index}-of-{size}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InvalidArgument("work_dir", str(work_dir), f"cannot be made ({error}).") from error
-    return Store(folder, writes=rank == 0, suffix=suffix)
+    return Store(folder, writes=index == 0, suffix=suffix)
 
 
 def _seconds(captured: Captured, store: Store, call: Mapping[str, Any]) -> tuple[float, float]:
@@ -273,7 +228,7 @@ def _seconds(captured: Captured, store: Store, call: Mapping[str, Any]) -> tuple
     """
     key = f"seconds-{_digest([machine_line()])[:16]}"
     own = store.json(key) or time_denoiser(captured, **call)
-    one, both = _gather(torch.tensor([own], dtype=torch.float64)).mean(0).tolist()
+    one, both = gather(torch.tensor([own], dtype=torch.float64)).mean(0).tolist()
     store.put_json(key, [one, both])
     return one, both
 

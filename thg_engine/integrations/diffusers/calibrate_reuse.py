@@ -20,10 +20,10 @@ from ...lowering import plan_from_table
 from ...reuse import FALLBACK
 from ...table import SolverTable
 from ...trace import trace
-from .calibrate_plans import _gather, _mine, _rank
-from .captured import Captured, noise
+from .captured import Captured
 from .planning import ChosenRows
-from .resolve import DEFAULT_NFE, fingerprint, resolve_guidance
+from .resolve import DEFAULT_NFE, fingerprint, model_name, resolve_guidance
+from .sampling import Noises, batches_of, gather, rank
 
 
 def fit_reuse(
@@ -58,14 +58,14 @@ def fit_reuse(
     """
     _check(prompts, guidance_scales, num_inference_steps, batch_size, samples)
     captured = Captured.of(pipe)
-    origin = (negative_prompt, guidance_scales[0], samples, seed, batch_size)
+    noises, every = Noises(samples, seed, batch_size), range(len(prompts))
     with torch.no_grad():
-        batches = _batches(captured, prompts, *origin, call)
+        first = (negative_prompt, guidance_scales[0])
+        batches = batches_of(captured, prompts, every, *first, noises, call)
         table = trace(pipe.scheduler, num_inference_steps)
-        sizes = (deltas, cond_changes)
-        found = _fitted(captured, table, guidance, batches, guidance_scales, sizes, progress)
-    own = str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
-    return replace(found, model=model or own, num_samples=len(prompts) * samples)
+        given = (captured, table, guidance, batches, guidance_scales)
+        found = _fitted(*given, (deltas, cond_changes), progress)
+    return replace(found, model=model or model_name(pipe), num_samples=len(prompts) * samples)
 
 
 def _fitted(
@@ -79,7 +79,7 @@ def _fitted(
 ) -> FittedReuse:
     """The fits at all scales, on the coarse grid of the first."""
     rows = _rows(guidance, table, scales[0], captured)
-    hidden = not progress or _rank()[0] != 0
+    hidden = not progress or rank()[0] != 0
     with tqdm(total=2 * len(rows) * len(scales), desc="fit reuse", disable=hidden) as bar:
         fits = [_fit(captured, table, rows, batches, float(w), sizes, bar) for w in scales]
     return FittedReuse(
@@ -107,7 +107,7 @@ def _fit(
     plan = plan_from_table(table, ChosenRows("thg", rows), scale)
     trajectories = [follow(engine, plan, batch) for batch in batches]
     bar.update(len(rows))
-    options: Any = {"gather": _gather, "on_row": bar.update}
+    options: Any = {"gather": gather, "on_row": bar.update}
     return fit_weights(engine, plan, trajectories, deltas=deltas, cond_changes=changes, **options)
 
 
@@ -147,27 +147,3 @@ def _check(
     for name, value in counts.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise InvalidArgument(name, value, "give a whole number of at least 1.")
-
-
-def _batches(
-    captured: Captured,
-    prompts: Sequence[str],
-    negative_prompt: str,
-    scale: float,
-    samples: int,
-    seed: int,
-    batch_size: int,
-    call: dict[str, Any],
-) -> list[Batch]:
-    """This process's batches of noise and conditioning."""
-    jobs = [(i, k) for k in range(samples) for i in range(len(prompts))]
-    chunks = [jobs[at : at + batch_size] for at in range(0, len(jobs), batch_size)]
-    found = []
-    for chunk in _mine(chunks):
-        captions = [prompts[i] for i, _ in chunk]
-        shape, cond, uncond = captured.conditioning(captions, negative_prompt, scale, **call)
-        # A seed for each sample: results do not depend on how the prompts are batched.
-        seeds = [seed * 1_000_003 + i * samples + k for i, k in chunk]
-        x = torch.cat([noise(shape, 1, each, captured.module) for each in seeds])
-        found.append((x, cond, uncond))
-    return found

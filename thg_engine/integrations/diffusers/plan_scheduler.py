@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -49,29 +50,29 @@ class PlannedCall:
         """w that it was chosen for."""
         return self.choice.guidance_scale
 
-    @property
+    @cached_property
     def plan(self) -> SamplingPlan:
         """The fitted rows."""
         return self.choice.entry.plan(self.schedule, self.prediction_type, self.guidance_scale)
 
-    @property
+    @cached_property
     def base(self) -> SamplingPlan:
         """The rows before any correction."""
         arguments = (self.schedule, self.prediction_type, self.guidance_scale)
         return base_plan(self.choice.entry, *arguments)
 
-    @property
+    @cached_property
     def guidance(self) -> tuple[GuidanceRow, ...]:
         """What each row says about guidance."""
         base = self.base
         return PlannedRows(base).rows([row.lambda_t for row in base.rows], self.guidance_scale)
 
-    @property
+    @cached_property
     def points(self) -> tuple[Point, ...]:
         """Of the rows, and the end."""
         return self.choice.entry.points(self.schedule)
 
-    @property
+    @cached_property
     def table(self) -> SolverTable:
         """The base solver's rows."""
         solver = get_solver(self.choice.entry.solver)

@@ -147,8 +147,7 @@ class Planner:
             is_custom: whether the caller has given timesteps or sigmas.
         """
         own = pipe.scheduler
-        check_front(self.front, None, own)
-        schedule, predicts = native_schedule(own)
+        schedule, predicts = check_front(self.front, None, own)
 
         def planned(num_steps: int) -> PlannedCall:
             found = self.choose(scale(), num_steps)
@@ -170,9 +169,9 @@ class Planner:
         self, scheduler: Any, num_steps: int = USUAL_STEPS, guidance_scale: float | None = None
     ) -> SamplingPlan:
         """The plan of such a call; of one at the usual scale if none is given."""
-        check_front(self.front, None, scheduler)
+        read = check_front(self.front, None, scheduler)
         scale = _usual_scale(self.front) if guidance_scale is None else guidance_scale
-        call = PlannedCall(self.choose(scale, num_steps), *native_schedule(scheduler))
+        call = PlannedCall(self.choose(scale, num_steps), *read)
         return call.plan
 
     def lines(self, fused: bool | None = None) -> list[str]:
@@ -206,8 +205,10 @@ def _usual_scale(front: PlanFront) -> float:
     return min(front.guidance_scales, key=lambda scale: abs(scale - USUAL_SCALE))
 
 
-def check_front(front: PlanFront, module: torch.nn.Module | None, scheduler: Any) -> None:
-    """Refuse a front of another model or noise schedule."""
+def check_front(
+    front: PlanFront, module: torch.nn.Module | None, scheduler: Any
+) -> tuple[NoiseSchedule, str]:
+    """Noise schedule and prediction type; refuses a front of others, or of another model."""
     remedy = "calibrate this model with `thg-engine calibrate --plans`"
     if module is not None and front.fingerprint not in ("", fingerprint(module)):
         message = f"the calibration is of {front.model!r}, another architecture"
@@ -220,6 +221,7 @@ def check_front(front: PlanFront, module: torch.nn.Module | None, scheduler: Any
     if family != front.scheduler_family or schedule_digest(schedule) != front.schedule_digest:
         message = f"the calibration is of another noise schedule ({front.scheduler_family})"
         raise CalibrationError(f"{message} than the pipeline's ({family}); {remedy}.")
+    return schedule, predicts
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from ...curves import Calibration
+from ...documents import read_document
 from ...errors import CalibrationError, InvalidArgument
 from ...fitting.front import FORMAT as FRONT_FORMAT
 from ...fitting.front import PlanFront
@@ -38,6 +39,11 @@ def fingerprint(module: torch.nn.Module) -> str:
     named = {key: value for key, value in config.items() if not key.startswith("_")}
     text = json.dumps([type(module).__name__, named], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def model_name(pipe: Any) -> str:
+    """Where a pipeline was loaded from, or its class where it was not."""
+    return str(getattr(pipe.config, "_name_or_path", "") or type(pipe).__name__)
 
 
 @dataclass(frozen=True)
@@ -86,10 +92,7 @@ def load_calibration(
 
 def load_either(path: str | Path) -> Calibration | PlanFront:
     """Error curves or fitted plans, whichever the file says it holds."""
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CalibrationError(f"cannot read calibration {str(path)!r}: {error}") from error
+    document = read_document(path)
     if isinstance(document, dict) and document.get("format") == FRONT_FORMAT:
         return PlanFront.from_document(document, str(path))
     return Calibration.from_document(document, str(path))

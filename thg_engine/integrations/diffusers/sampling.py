@@ -1,0 +1,75 @@
+"""Prompts and noise that something is fitted on, and the processes that share them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import InvalidArgument
+from ...fitting.reference import Batch
+from .captured import Captured, noise
+
+
+@dataclass(frozen=True)
+class Noises:
+    """Noises per prompt, their seed, and how many samples make a batch."""
+
+    samples: int
+    seed: int
+    batch_size: int
+
+
+def batches_of(
+    captured: Captured,
+    prompts: Sequence[str],
+    kept: Sequence[int],
+    negative_prompt: str,
+    guidance_scale: float,
+    noises: Noises,
+    call: Mapping[str, Any],
+) -> list[Batch]:
+    """This process's batches of noise and conditioning, of the prompts with indices ``kept``."""
+    jobs = [(i, k) for k in range(noises.samples) for i in kept]
+    size = noises.batch_size
+    found = []
+    for chunk in share([jobs[at : at + size] for at in range(0, len(jobs), size)]):
+        captions = [prompts[i] for i, _ in chunk]
+        shape, cond, uncond = captured.conditioning(
+            captions, negative_prompt, guidance_scale, **call
+        )
+        # A seed for each sample: results do not depend on how the prompts are batched.
+        seeds = [noises.seed * 1_000_003 + i * noises.samples + k for i, k in chunk]
+        x = torch.cat([noise(shape, 1, each, captured.module) for each in seeds])
+        found.append((x, cond, uncond))
+    return found
+
+
+def rank() -> tuple[int, int]:
+    """(rank, processes) of this process."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def share(chunks: Sequence[Any]) -> list[Any]:
+    """This process's share, at least one: a process without any could not take part."""
+    index, size = rank()
+    if len(chunks) < size:
+        remedy = f"give at least {size} batches to fit and to hold out, one per process."
+        raise InvalidArgument("batch_size", len(chunks), remedy)
+    return list(chunks[index::size])
+
+
+def gather(rows: Tensor) -> Tensor:
+    """Rows of all processes, in the order of their ranks."""
+    if rank()[1] == 1:
+        return rows
+    from accelerate.utils import gather_object
+
+    return torch.cat(gather_object([rows.cpu()]))
