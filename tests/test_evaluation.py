@@ -20,8 +20,9 @@ from evaluation_boxes import flow_box, sd_box
 from thg_engine.cli import main
 from thg_engine.errors import InvalidArgument
 from thg_engine.evaluation import cli, evaluate, ours, runner
+from thg_engine.evaluation.comparison import comparison, curves_of
 from thg_engine.evaluation.garments import TINTS, real_images
-from thg_engine.evaluation.methods import Method, plain, unique
+from thg_engine.evaluation.methods import Method, guided, plain, unique
 from thg_engine.evaluation.metrics import (
     frechet_distance,
     interval95,
@@ -29,11 +30,13 @@ from thg_engine.evaluation.metrics import (
     psnr,
     relative_error,
 )
-from thg_engine.evaluation.plots import curves_of, plot_rows
+from thg_engine.evaluation.plots import plot_rows
 from thg_engine.evaluation.settings import QUICK, Settings
 from thg_engine.evaluation.store import Store
-from thg_engine.fitting import search
+from thg_engine.fitting import search, shipped
+from thg_engine.fitting.front import PlanFront
 from thg_engine.fitting.reference import make_nodes
+from thg_engine.guidance import THG
 from training import data
 
 COLUMNS = {
@@ -132,6 +135,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         search, "make_nodes", lambda schedule, end: make_nodes(schedule, 12, 1, end)
     )
+    monkeypatch.setattr(shipped, "shipped_front", lambda _fingerprint: None)
     # The package has a function of the module's name.
     calibration = import_module("thg_engine.integrations.diffusers.calibrate_plans")
     monkeypatch.setattr(calibration, "STOCK_STEPS", (4,))
@@ -267,23 +271,17 @@ def test_names_tell_methods_apart() -> None:
         unique([one, dataclasses.replace(two, ours=True)])
 
 
-class Front:
-    """Stands in for a front of calibrated plans."""
-
-    def save(self, path: Path) -> None:
-        Path(path).write_text("{}")
-
-
 def test_plans_of_a_front_are_points_of_ours(tmp_path: Path, monkeypatch: Any) -> None:
     """Fitted once, on selection prompts; compiled per budget."""
     asked: list[Any] = []
 
-    def calibrate_plans(pipe: Any, prompts: Any, **options: Any) -> Front:
+    def calibrate_plans(pipe: Any, prompts: Any, **options: Any) -> PlanFront:
         asked.append((prompts, options))
-        return Front()
+        return front_in_the_box()
 
-    monkeypatch.setattr(thg_engine, "calibrate_plans", calibrate_plans, raising=False)
-    settings = Settings(**{**TINY, "budgets": (3, 5)})
+    monkeypatch.setattr(thg_engine, "calibrate_plans", calibrate_plans)
+    monkeypatch.setattr(shipped, "shipped_front", lambda _fingerprint: None)
+    settings = Settings(**{**TINY, "budgets": (3, 5), "reuse_steps": ()})
     for _ in range(2):
         found = [*ours.our_methods(flow_box(), settings, tmp_path, lambda _text: None)]
     assert len(asked) == 1
@@ -296,7 +294,85 @@ def test_plans_of_a_front_are_points_of_ours(tmp_path: Path, monkeypatch: Any) -
     compiled: list[Any] = []
     monkeypatch.setattr(thg_engine, "compile", lambda pipe, **kwargs: compiled.append(kwargs))
     with found[-1].change(flow_box(), 50):
-        assert compiled == [{"calibration": tmp_path / "plans-flow.json", "nfe": 5}]
+        assert compiled == [{"calibration": front_in_the_box(), "nfe": 5}]
+
+
+def front_in_the_box() -> PlanFront:
+    (front,) = (f for f in shipped.shipped_fronts() if f.model.endswith("(sd)"))
+    return front
+
+
+def test_plans_in_the_box_are_taken_where_they_reach(tmp_path: Path, monkeypatch: Any) -> None:
+    """What a user gets without a calibration is what is measured."""
+
+    def calibrate_plans(*_args: Any, **_options: Any) -> PlanFront:
+        raise RuntimeError("calibrated")
+
+    monkeypatch.setattr(thg_engine, "calibrate_plans", calibrate_plans)
+    said: list[str] = []
+    reach = front_in_the_box().guidance_scales
+    settings = Settings(**{**TINY, "guidance_scales": reach, "quality_scales": reach})
+    found = ours.chosen_front(sd_box(), settings, tmp_path, said.append)
+    assert found == front_in_the_box() == PlanFront.load(tmp_path / "plans-sd.json")
+    assert said == [f"sd: calibrated plans: those in the box, of {found.date}"]
+    beyond = dataclasses.replace(settings, guidance_scales=(reach[-1] + 1,))
+    other = tmp_path / "other"
+    other.mkdir()
+    with pytest.raises(RuntimeError, match="calibrated"):
+        ours.chosen_front(sd_box(), beyond, other, said.append)
+
+
+def test_fitted_reuse_is_kept_and_meets_full_guidance(tmp_path: Path) -> None:
+    """Closer to full guidance than extrapolation on the same rows, on prompts it has not seen."""
+    box, point = sd_box(), ("ddim", 20)
+    settings = Settings(**{**TINY, "reuse_steps": (20,), "reference_steps": 40})
+    weights = ours.fitted_reuse(box, settings, tmp_path, point, "70%")
+    assert weights == ours.fitted_reuse(box, settings, tmp_path, point, "70%")
+    assert (tmp_path / "reuse-sd-ddim-20-70-percent.json").exists()
+    bench = runner.Bench(box, evaluate.report_prompts(6), 5.0, 0, 40)
+    linear, fitted = (
+        bench.measure(Method(f"{guidance}", *point, guided(guidance)))
+        for guidance in (THG(nfe=0.7, reuse="linear"), THG(reuse=weights))
+    )
+    assert linear.nfe == fitted.nfe == 28
+    assert fitted.psnr_to_same_n > linear.psnr_to_same_n + 1
+
+
+def test_comparison_by_hand() -> None:
+    """Between 1 s with 30 dB and 4 s with 40 dB, 2 s buy 35 dB."""
+    base = {"pipeline": "sd", "guidance_scale": 5.0, "solver": "ddim", "num_steps": 10}
+
+    def row(method: str, mine: bool, seconds: float, level: float) -> dict[str, Any]:
+        cost = {"nfe": 10 * seconds, "seconds": seconds}
+        return {
+            **base,
+            "method": method,
+            "ours": mine,
+            **cost,
+            "psnr_to_converged": level,
+        }
+
+    rows = [
+        row("CFG", False, 1.0, 30.0),
+        row("CFG", False, 4.0, 40.0),
+        row("CFG", False, 5.0, 39.0),  # later and worse: no point of the curve
+        row("gate", False, 1.5, 31.0),
+        row("plan, 5 NFE", True, 0.5, 20.0),
+        row("plan, 20 NFE", True, 2.0, 38.0),
+        row("plan, 60 NFE", True, 6.0, 45.0),
+    ]
+    found = {(one["cost"], one["method"]): one for one in comparison(rows)}
+    middle = found["seconds", "plan, 20 NFE"]
+    assert middle["baseline"] == middle["equal"] == "CFG, ddim"
+    assert middle["baseline_psnr"] == pytest.approx(35.0) and middle["lead"] == pytest.approx(3.0)
+    assert middle["equal_cost"] == pytest.approx(4.0**0.8)
+    assert middle["share"] == pytest.approx(2.0 / 4.0**0.8)
+    assert found["nfe", "plan, 20 NFE"]["share"] == pytest.approx(middle["share"])
+    early, late = found["seconds", "plan, 5 NFE"], found["seconds", "plan, 60 NFE"]
+    assert early["baseline"] is None and early["lead"] is None
+    assert early["equal_cost"] == pytest.approx(1.0) and early["share"] == pytest.approx(0.5)
+    assert late["lead"] == pytest.approx(5.0) and late["equal"] is None and late["share"] is None
+    assert comparison([row("plan, 5 NFE", True, 0.5, 20.0)]) == []
 
 
 def cli_prompts(settings: Settings) -> list[str]:

@@ -24,7 +24,7 @@ from thg_engine.evaluation.methods import Method, OneGate, adaptive, frequency_c
 from thg_engine.evaluation.prompts import quality_prompts, report_prompts, selection_prompts
 from thg_engine.evaluation.runner import measure_c2, run
 from thg_engine.evaluation.settings import Settings
-from thg_engine.evaluation.solvers import SOLVERS, build, call_options
+from thg_engine.evaluation.solvers import SOLVERS, build
 from thg_engine.guidance import FRESH, HELD, THG, CFGCache, GuidanceInterval, SelectiveGuidance
 
 PROMPTS = report_prompts(2)
@@ -35,7 +35,7 @@ SMALL = Settings(
     main_steps=(20,),
     reuse_steps=(STEPS,),
     reuse_solvers=("ddim",),
-    selection_prompts=2,
+    selection_prompts=6,
 )
 
 
@@ -103,8 +103,7 @@ def test_solvers_start_and_end_alike(family: str) -> None:
     ends = set()
     for solver in SOLVERS[family]:
         scheduler = build(family, solver, box.pipe.scheduler.config)
-        options = call_options(family, solver, STEPS)
-        scheduler.set_timesteps(**({"num_inference_steps": STEPS} | options))
+        scheduler.set_timesteps(STEPS)
         assert float(scheduler.timesteps[0]) == pytest.approx(999), solver
         sigmas = getattr(scheduler, "sigmas", None)
         if sigmas is not None and len(sigmas) < 1000:

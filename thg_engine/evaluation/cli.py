@@ -49,7 +49,7 @@ def evaluate_command(args: argparse.Namespace) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 150)
     document, written = run_evaluation(args, lambda text: console.print(text, soft_wrap=True))
-    for table in tables(document["rows"], document["quality"]):
+    for table in tables(document):
         console.print(table)
     console.print("* proposed here; PSNR in dB over decoded images, intervals over seeds")
     console.print(document["runs"][-1]["machine"], soft_wrap=True)

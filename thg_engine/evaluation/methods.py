@@ -16,7 +16,7 @@ from ..errors import InvalidArgument
 from ..guidance import FRESH, HELD, Guidance, GuidanceRow, resolve_row
 from .box import Box
 from .branches import AdaptiveGuidance, FrequencyCache, installed
-from .solvers import build, call_options, frame
+from .solvers import build, frame
 
 Change = Callable[[Box, int], AbstractContextManager[Any]]
 """Changes the box's pipeline, whose scheduler is set, for runs of that many steps."""
@@ -60,7 +60,6 @@ class Method:
         with box.as_before(), torch.no_grad():
             box.pipe.scheduler = build(box.family, self.solver, box.pipe.scheduler.config)
             start, end = frame(box.pipe.scheduler, self.num_steps)
-            options = {**box.options, **call_options(box.family, self.solver, self.num_steps)}
             with self.change(box, self.num_steps):
 
                 def call(prompts: Sequence[str], noise: torch.Tensor, scale: float) -> torch.Tensor:
@@ -70,7 +69,7 @@ class Method:
                         guidance_scale=scale,
                         latents=noise * start,
                         output_type="latent",
-                        **options,
+                        **box.options,
                     ).images
                     return latents * end
 

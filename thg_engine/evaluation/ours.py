@@ -1,15 +1,12 @@
-"""What this package proposes: extrapolated deltas, and plans chosen from a measured front.
-
-`front_methods` is the place where calibrated plans enter: it turns a front of
-`thg_engine.calibrate_plans` into points, one per budget.
-"""
+"""What this package proposes: extrapolated and fitted deltas, and plans chosen from a front."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from ..guidance import THG
 from .baselines import solvers
@@ -17,66 +14,107 @@ from .box import Box
 from .methods import Change, Method, guided
 from .prompts import selection_prompts
 from .settings import SELECTION_SEED, Settings
+from .solvers import build
+
+if TYPE_CHECKING:
+    from ..fitting.front import PlanFront
+    from ..fitting.reuse import FittedReuse
 
 Say = Callable[[str], None]
 
 PLAN_SOLVER, PLAN_STEPS = "dpmpp2m", 50
 """The call that a chosen plan replaces, and with which its images are compared."""
+COARSE = {"every 2": THG(grid=2), "every 3": THG(grid=3), "70%": THG(nfe=0.7)}
+"""Coarse grids whose deltas are extrapolated and fitted."""
 
 
 def our_methods(box: Box, settings: Settings, folder: Path, say: Say) -> Iterator[Method]:
     """Every point of ours; the guidance scale is the call's."""
     for solver in solvers(box, settings):
         for num_steps in settings.reuse_steps:
-            for every in (2, 3):
-                change = guided(THG(grid=every, reuse="linear"))
-                yield Method(f"THG, linear, every {every}", solver, num_steps, change, ours=True)
+            for name, coarse in COARSE.items():
+                point = solver, num_steps
+                change = guided(replace(coarse, reuse="linear"))
+                yield Method(f"THG, linear, {name}", *point, change, ours=True)
+                fitted = fitted_reuse(box, settings, folder, point, name)
+                change = guided(THG(reuse=fitted))
+                yield Method(f"THG, least squares, {name}", *point, change, ours=True)
     front = chosen_front(box, settings, folder, say)
-    if front is not None:
-        yield from front_methods(front, settings.budgets)
+    for budget in settings.budgets:
+        name = f"calibrated plan, {budget} NFE"
+        yield Method(name, PLAN_SOLVER, PLAN_STEPS, _planned(front, budget), ours=True)
 
 
-def chosen_front(box: Box, settings: Settings, folder: Path, say: Say) -> Path | None:
-    """The file of calibrated plans, fitted for all scales on selection prompts and noise.
+def fitted_reuse(
+    box: Box, settings: Settings, folder: Path, point: tuple[str, int], coarse: str
+) -> FittedReuse:
+    """Weights of held deltas for one (solver, N) and grid, fitted on selection prompts and noise.
 
-    Fitted once and kept in ``folder``, so that a run that goes on measures the same plans.
-
-    Returns:
-        None where there are none; ``say`` is told why.
+    Like plans, fitted once and kept in ``folder``, so that a run that goes on measures the same.
     """
-    import thg_engine
+    from .. import fit_reuse
+    from ..fitting.reuse import FittedReuse
 
-    calibrate_plans = getattr(thg_engine, "calibrate_plans", None)
-    if calibrate_plans is None:
-        say(f"{box.name}: left out: calibrated plans: this version has no calibrate_plans")
-        return None
+    solver, num_steps = point
+    grid = coarse.replace(" ", "-").replace("%", "-percent")
+    path = folder / f"reuse-{box.name}-{solver}-{num_steps}-{grid}.json"
+    if path.exists():
+        return FittedReuse.load(path)
+    with box.as_before():
+        box.pipe.scheduler = build(box.family, solver, box.pipe.scheduler.config)
+        found = fit_reuse(
+            box.pipe,
+            selection_prompts(settings.selection_prompts),
+            guidance=COARSE[coarse],
+            num_inference_steps=num_steps,
+            guidance_scales=_scales(settings),
+            batch_size=settings.selection_prompts,
+            seed=SELECTION_SEED,
+            progress=False,
+            **box.options,
+        )
+    found.save(path)
+    return found
+
+
+def chosen_front(box: Box, settings: Settings, folder: Path, say: Say) -> PlanFront:
+    """Calibrated plans: those that ship with the pipeline, else fitted on the selection prompts.
+
+    Shipped plans were fitted on selection prompts and noise, too (``training/fit_plans.py``).
+    """
+    from .. import calibrate_plans
+    from ..fitting.front import PlanFront
+    from ..fitting.shipped import shipped_front
+    from ..integrations.diffusers.resolve import fingerprint
+
     path = folder / f"plans-{box.name}.json"
-    if not path.exists():
-        prompts = selection_prompts(settings.selection_prompts)
-        # The largest first: grids are chosen there, where errors are largest.
-        scales = sorted({*settings.guidance_scales, *settings.quality_scales}, reverse=True)
+    if path.exists():
+        return PlanFront.load(path)
+    scales = _scales(settings)
+    front = shipped_front(fingerprint(box.denoiser))
+    if front is not None and all(front.plans[0].covers(scale) for scale in scales):
+        say(f"{box.name}: calibrated plans: those in the box, of {front.date}")
+    else:
         with box.as_before():
             front = calibrate_plans(
                 box.pipe,
-                prompts,
+                selection_prompts(settings.selection_prompts),
                 guidance_scales=scales,
                 budgets=settings.budgets,
                 seed=SELECTION_SEED,
                 work_dir=folder / "calibration",
                 **box.options,
             )
-        front.save(path)
-    return path
+    front.save(path)
+    return front
 
 
-def front_methods(front: Any, budgets: Sequence[int]) -> Iterator[Method]:
-    """A point per budget: ``thg_engine.compile(pipe, calibration=front, nfe=budget)``."""
-    for budget in budgets:
-        name = f"calibrated plan, {budget} NFE"
-        yield Method(name, PLAN_SOLVER, PLAN_STEPS, _planned(front, budget), ours=True)
+def _scales(settings: Settings) -> list[float]:
+    """All w of an evaluation, the largest first: grids are chosen there, where errors are."""
+    return sorted({*settings.guidance_scales, *settings.quality_scales}, reverse=True)
 
 
-def _planned(front: Any, budget: int) -> Change:
+def _planned(front: PlanFront, budget: int) -> Change:
     def change(box: Box, _num_steps: int) -> AbstractContextManager[None]:
         from .. import compile
 

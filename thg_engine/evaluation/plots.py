@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .comparison import curves_of
+
 _PANELS = (
     ("nfe", "psnr_to_converged", "NFE per image", "PSNR to converged, dB"),
     ("seconds", "psnr_to_converged", "seconds per image", "PSNR to converged, dB"),
@@ -31,17 +33,6 @@ def plot_rows(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         _figure(some, f"{pipeline}, w = {scale:g}").savefig(path, dpi=110)
         written.append(path)
     return written
-
-
-def curves_of(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows by curve, baselines first; plans of several budgets are one curve."""
-    curves: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda row: (row["ours"], row["method"], row["nfe"])):
-        name = row["method"].split(", ")[0] if "NFE" in row["method"] else row["method"]
-        curves.setdefault(f"{name}, {row['solver']}", []).append(row)
-    for points in curves.values():
-        points.sort(key=lambda row: row["nfe"])
-    return curves
 
 
 def _figure(rows: Sequence[dict[str, Any]], title: str) -> Any:

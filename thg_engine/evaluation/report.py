@@ -9,11 +9,13 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def tables(rows: Sequence[dict[str, Any]], quality: Sequence[dict[str, Any]]) -> Iterator[Table]:
-    """Work-precision rows, then quality rows, a table per pipeline and scale."""
-    for title, some in _groups(rows):
+def tables(document: dict[str, Any]) -> Iterator[Table]:
+    """Work-precision rows, the comparison, then quality, a table per pipeline and scale."""
+    for title, some in _groups(document["rows"]):
         yield _curves_table(title, some)
-    for title, some in _groups(quality):
+    for title, some in _groups(document["comparison"]):
+        yield _comparison_table(title, [row for row in some if row["cost"] == "seconds"])
+    for title, some in _groups(document["quality"]):
         yield _quality_table(title, some)
 
 
@@ -53,6 +55,35 @@ def _curves_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
             "-" if same_n is None else f"{same_n:.1f} dB",
             f"{100 * row['rel_error']:.2f} %",
             style="bold" if row["ours"] else "",
+        )
+    return table
+
+
+def _comparison_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """What is proposed here, against the best baseline at equal time and at equal error."""
+    heads = (
+        "proposed here",
+        "solver",
+        "N",
+        "s/image",
+        "PSNR",
+        "lead",
+        "best baseline in that time",
+    )
+    table = _table(f"{title}: against the best baseline", (*heads, "time of", "the same PSNR by"))
+    for row in rows:
+        share, lead = row["share"], row["lead"]
+        table.add_row(
+            row["method"],
+            row["solver"],
+            str(row["num_steps"]),
+            f"{row['value']:.4f}",
+            f"{row['psnr']:.1f} dB",
+            "-" if lead is None else f"{lead:+.1f} dB",
+            row["baseline"] or "none is as fast",
+            "-" if share is None else f"{share:.2f} x",
+            row["equal"] or "none reaches it",
+            style="bold" if lead is not None and lead > 0 else "",
         )
     return table
 

@@ -40,7 +40,7 @@ class Settings:
     guidance_scales: tuple[float, ...] = (2.0, 3.0, 5.0, 7.5)
     quality_scales: tuple[float, ...] = (2.0, 3.0, 5.0, 7.5)
     solver_steps: tuple[int, ...] = (8, 10, 20, 25, 40, 50)
-    main_steps: tuple[int, ...] = (100,)
+    main_steps: tuple[int, ...] = (100, 200)
     reuse_steps: tuple[int, ...] = (10, 20, 25, 50)
     reuse_solvers: tuple[str, ...] = ("ddim", "dpmpp2m")
     prompts: int = 20
@@ -50,7 +50,7 @@ class Settings:
     reference_steps: int = 500
     quality_images: int = 480
     quality_steps: int = 25
-    budgets: tuple[int, ...] = (16, 20, 24, 30, 40, 50, 70)
+    budgets: tuple[int, ...] = (16, 20, 24, 32, 40, 56, 80)
     data: str = ""
 
     def __post_init__(self) -> None:

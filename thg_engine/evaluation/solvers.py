@@ -6,10 +6,11 @@ does. Flow models start at sigma = 0.999 (shifted) and end at zero. Numbers of s
 1,000: DDIM and PNDM step by ``1000 // N`` whatever the next timestep is.
 
 Some diffusers classes cannot be configured to that grid, and get it from a subclass that edits
-their tables after ``set_timesteps`` and nothing else. Heun always ends at zero noise. The multistep
-solvers round a flow's timesteps to whole numbers, which leaves an error of their own at any number
-of steps; UniPC begins a flow elsewhere than the rest; DEIS cannot end one at zero, where its
-log-SNR is infinite, and ends at sigma = 1e-4.
+their tables after ``set_timesteps`` and nothing else. Heun always ends at zero noise. A flow's
+Euler and Heun space sigma between 1 and 0.001, with a short last step. The multistep solvers round
+a flow's timesteps to whole numbers, an error of their own at any number of steps; UniPC begins a
+flow elsewhere than the rest; DEIS cannot end one at zero, where its log-SNR is infinite, and ends
+at sigma = 1e-4.
 
 Karras' samplers (Euler, Heun) scale samples by ``sqrt(1 + sigma^2)``, which `frame` gives; with
 trailing spacing their own start would be ``sigma`` instead, another point.
@@ -78,10 +79,9 @@ def build(family: str, solver: str, config: Any) -> Any:
         made = base if solver != "heun" else _edited(base, _end_at_sigma_min)
         return made.from_config(config, timestep_spacing="trailing", **options)
     shift = float(config.get("shift", 1.0))
-    if solver == "euler":
-        return base.from_config(config)
-    if solver == "heun":
-        return _edited(base, _start_below_one).from_config(config)
+    if solver in ("euler", "heun"):
+        edit = _euler_grid if solver == "euler" else _heun_grid
+        return _edited(base, edit).from_config(config)
     options = {**options, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
     if solver != "deis":
         options["final_sigmas_type"] = "zero"
@@ -119,29 +119,24 @@ def _end_near_zero(scheduler: Any) -> None:
 
 
 def _shifted(num_steps: int, shift: float) -> torch.Tensor:
-    grid = torch.tensor(flow_sigmas(num_steps), dtype=torch.float64)
+    """The common grid of flows: from 0.999 in equal steps of sigma to zero, then shifted."""
+    top = 1 - 1 / TRAIN_STEPS
+    grid = torch.tensor([top * (1 - i / num_steps) for i in range(num_steps)], dtype=torch.float64)
     return (shift * grid / (1 + (shift - 1) * grid)).float()
 
 
-def _start_below_one(scheduler: Any) -> None:
-    """Heun's flow on the grid of the other solvers."""
+def _euler_grid(scheduler: Any) -> None:
+    grid = _shifted(scheduler.num_inference_steps, scheduler.config.shift)
+    scheduler.timesteps = grid * TRAIN_STEPS
+    scheduler.sigmas = torch.cat([grid, torch.zeros(1)])
+
+
+def _heun_grid(scheduler: Any) -> None:
+    """Every point but the first twice."""
     grid = _shifted(scheduler.num_inference_steps, scheduler.config.shift)
     doubled = grid[1:].repeat_interleave(2)
     scheduler.timesteps = torch.cat([grid[:1], doubled]) * TRAIN_STEPS
     scheduler.sigmas = torch.cat([grid[:1], doubled, torch.zeros(1)])
-
-
-def flow_sigmas(num_steps: int) -> list[float]:
-    """The multistep solvers' flow grid before its shift, from noise, without the final zero."""
-    top = 1 - 1 / TRAIN_STEPS
-    return [top * (1 - i / num_steps) for i in range(num_steps)]
-
-
-def call_options(family: str, solver: str, num_steps: int) -> dict[str, Any]:
-    """What a pipeline call needs besides the scheduler."""
-    if family == FLOW and solver == "euler":
-        return {"sigmas": flow_sigmas(num_steps)}
-    return {}
 
 
 def frame(scheduler: Any, num_steps: int) -> tuple[float, float]:

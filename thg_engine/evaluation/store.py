@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import InvalidArgument
+from .comparison import comparison
 from .methods import Method
 from .metrics import interval95
 
@@ -53,6 +54,7 @@ class Store:
             "notes": [],
             "pipelines": {},
             "rows": [],
+            "comparison": [],
             "quality": [],
         }
 
@@ -100,6 +102,7 @@ class Store:
         parts = self.document["pipelines"].items()
         count = self.settings["seeds"]
         self.document["rows"] = [row for name, part in parts for row in rows_of(name, part, count)]
+        self.document["comparison"] = comparison(self.document["rows"])
         self.document["quality"] = [row for name, part in parts for row in quality_of(name, part)]
         partial = self.path.with_suffix(".partial")
         text = json.dumps(self.document, indent=1, allow_nan=False)
