@@ -68,7 +68,7 @@ def test_what_ships(name: str) -> None:
     module = pipe.unet if name == "sd" else pipe.transformer
     front = shipped_front(fingerprint(module))
     assert front is not None
-    assert front.guidance_scales == (3.0, 7.5)
+    assert front.guidance_scales == (2.0, 3.0, 5.0, 7.5)
     errors = [entry.error_at(W) for entry in front.pareto(W, front.c2)]
     assert errors == sorted(errors, reverse=True) and len(errors) > 5
     for entry in front.plans:

@@ -24,6 +24,9 @@ from .registers import Registers
 LAMBDA_SHARE = 0.35
 """How far nodes are spaced by half log-SNR and not by time: both ends of a run need more of them
 than even timesteps give."""
+FLOW_SHIFT = 3.0
+"""Time shift by which nodes of a flow are denser near noise, as Stable Diffusion 3's own grid is:
+guidance changes fastest there, and a grid cannot be finer than the nodes."""
 LAMBDA_LIMIT = 3.5
 """Half log-SNR beyond which a node counts as lying at the end; sigma_t is 0.03 there."""
 
@@ -93,7 +96,10 @@ def _spaced(schedule: NoiseSchedule, top: float, bottom: float, count: int) -> l
     dense = np.linspace(top, bottom, 2000)
     raw = np.array([schedule.point(float(t)).lambda_t for t in dense])
     lambdas = np.clip(raw, -LAMBDA_LIMIT, LAMBDA_LIMIT)
-    by_time = (dense[0] - dense) / (dense[0] - dense[-1])
+    times = dense / schedule.num_train_timesteps
+    if schedule.kind == "flow":
+        times = times / (FLOW_SHIFT - (FLOW_SHIFT - 1) * times)
+    by_time = (times[0] - times) / (times[0] - times[-1])
     by_lambda = (lambdas - lambdas[0]) / (lambdas[-1] - lambdas[0])
     mixed = (1 - LAMBDA_SHARE) * by_time + LAMBDA_SHARE * by_lambda
     found: list[float] = np.interp(np.linspace(0, 1, count), mixed, dense).tolist()

@@ -18,7 +18,7 @@ from ...curves import Calibration
 from ...doctor import machine_line
 from ...errors import InvalidArgument
 from ...fitting.front import PlanFront
-from ...fitting.reference import Batch
+from ...fitting.reference import Batch, make_nodes
 from ...fitting.search import BUDGETS, StockPlan, Task, search
 from ...fitting.store import Store
 from ...guidance import CFG
@@ -136,7 +136,7 @@ class _Job:
         """All that converged runs and fits depend on, besides the prompts and w."""
         made = [*map(str, (self.predicts, schedule_digest(self.schedule), self.negative_prompt))]
         made += [str(dict(self.call)), str(self.noises), str(solver)]
-        made += [str(end_of(self.pipe.scheduler, self.schedule))]
+        made += [str(make_nodes(self.schedule, end=end_of(self.pipe.scheduler, self.schedule)))]
         return [*made, fingerprint(self.captured.module), _weights_digest(self.pipe)]
 
     def _task(
