@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from .cli_checks import writable
+from .cli_checks import processes, writable
 from .errors import InvalidArgument
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from .curves import Calibration
     from .fitting.front import PlanFront
 
+BOXES: dict[str, Literal["sd", "flow"]] = {"demo": "sd", "demo-flow": "flow"}
+"""Pipelines of the package by their name on the command line."""
 DESCRIPTION = """\
 Measures the local errors of tortoise and hare (Algorithm 3 of the paper) on your prompts and saves
 them; one file serves every number of steps and budget. Costs 4 evaluations per step and prompt. The
@@ -37,7 +39,7 @@ def add_parser(commands: Any) -> None:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    calibrate.add_argument("model", metavar="MODEL", help="folder, hub name, or 'demo'")
+    calibrate.add_argument("model", metavar="MODEL", help="folder, hub name, 'demo' or 'demo-flow'")
     calibrate.add_argument(
         "--prompts", type=Path, required=True, metavar="FILE", help="one per line"
     )
@@ -112,14 +114,13 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def _calibrate_plans(args: argparse.Namespace, out: Path) -> None:
     """``thg-engine calibrate --plans``."""
-    from accelerate import PartialState
-    from rich.console import Console
-
     from .fitting.search import BUDGETS
     from .integrations.diffusers import calibrate_plans
 
     prompts = _read_prompts(args.prompts)
     writable(out.parent)
+    # Before a pipeline is loaded: it goes to this process's device.
+    state = processes()
     pipe = _load(args.model)
     length = args.max_sequence_length
     extra = {} if length is None else {"max_sequence_length": length}
@@ -137,20 +138,21 @@ def _calibrate_plans(args: argparse.Namespace, out: Path) -> None:
         work_dir=args.work_dir,
         **extra,
     )
-    if not PartialState(cpu=not _has_cuda()).is_main_process:
-        return
-    front.save(out)
+    if state.is_main_process:
+        front.save(out)
+        _show_plans(front, args.guidance_scale[0], out)
+    if state.num_processes > 1:
+        state.destroy_process_group()
+
+
+def _show_plans(front: PlanFront, guidance_scale: float, out: Path) -> None:
+    from rich.console import Console
+
     console = Console(width=None if sys.stdout.isatty() else 120)
-    console.print(front_table(front, args.guidance_scale[0]))
+    console.print(front_table(front, guidance_scale))
     console.print(
         f"wrote {out}; use it with thg_engine.compile(pipe, calibration={str(out)!r}, nfe=40)"
     )
-
-
-def _has_cuda() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def front_table(front: PlanFront, guidance_scale: float) -> Table:
@@ -201,10 +203,10 @@ def calibration_table(whole: Calibration, halves: Sequence[Calibration]) -> Tabl
 
 
 def _load(model: str) -> Any:
-    if model == "demo":
+    if model in BOXES:
         from .demo import load_pipeline
 
-        return load_pipeline()
+        return load_pipeline(BOXES[model])
     from .integrations.diffusers.loading import load
 
     return load(model)

@@ -70,7 +70,6 @@ def fitted_reuse(
             guidance_scales=_scales(settings),
             batch_size=settings.selection_prompts,
             seed=SELECTION_SEED,
-            progress=False,
             **box.options,
         )
     found.save(path)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from ..errors import ThgError
+from ..cli_checks import processes
 
 DESCRIPTION = """\
 Generates the samples of a published table with your weights and prompts, scores them, and prints
@@ -25,8 +23,6 @@ examples:
   thg-engine reproduce rho --model sd15/ --prompts coco.txt --images coco/ --out rho \\
       --metrics fid                                the ablation of rho, FID alone
 """
-BARRIER = timedelta(days=7)
-"""How long one process may wait for another; the default of minutes is for training steps."""
 
 
 def add_parser(commands: Any) -> None:
@@ -71,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     from .generation import Shard, check_manifest, write_manifest
     from .running import generate, measure
 
-    state = _processes()
+    state = processes()
     manifest = check_manifest(request.job)
     # Every process refuses a folder of other settings itself, before one of them writes.
     state.wait_for_everyone()
@@ -84,26 +80,6 @@ def run(args: argparse.Namespace) -> None:
         show(request, measure(request, str(state.device)))
     if state.num_processes > 1:
         state.destroy_process_group()
-
-
-def _processes() -> Any:
-    """This process among those that a launcher started.
-
-    Raises:
-        ThgError: the launcher's processes do not know of each other: each would do all the work.
-    """
-    import torch
-    from accelerate import PartialState
-
-    # Without cpu=True, accelerate takes the processes of a machine without GPU for strangers.
-    state = PartialState(cpu=not torch.cuda.is_available(), timeout=BARRIER)
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if started != state.num_processes:
-        raise ThgError(
-            f"the launcher started {started} processes, accelerate sees {state.num_processes}; "
-            "run `accelerate config`, or one process."
-        )
-    return state
 
 
 def show(request: Any, results: Sequence[Any]) -> None:
