@@ -30,7 +30,7 @@ def main() -> None:
     """Reads the command line, fits, writes the file."""
     cli = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     cli.add_argument("--name", choices=[*OPTIONS], required=True)
-    cli.add_argument("--samples", type=int, default=1, help="noises per prompt")
+    cli.add_argument("--samples", type=int, default=2, help="noises per prompt (2)")
     cli.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     cli.add_argument("--work-dir", type=Path, default=Path("runs/plans"))
     args = cli.parse_args()

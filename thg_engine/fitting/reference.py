@@ -24,11 +24,12 @@ from .registers import Registers
 LAMBDA_SHARE = 0.35
 """How far nodes are spaced by half log-SNR and not by time: both ends of a run need more of them
 than even timesteps give."""
-FLOW_SHIFT = 3.0
-"""Time shift by which nodes of a flow are denser near noise, as Stable Diffusion 3's own grid is:
-guidance changes fastest there, and a grid cannot be finer than the nodes."""
-LAMBDA_LIMIT = 3.5
-"""Half log-SNR beyond which a node counts as lying at the end; sigma_t is 0.03 there."""
+FLOW_SHIFT = 2.0
+"""Time shift by which nodes of a flow are denser near noise: guidance changes fastest there, and
+a grid cannot be finer than the nodes."""
+LAMBDA_LIMITS = (-3.5, 6.0)
+"""Half log-SNR beyond which a node counts as lying at an end; sigma_t is 0.0025 at the second.
+Runs of noise models end before, those of flows at zero noise."""
 
 Batch = tuple[Tensor, Conditioning, Conditioning]
 """(x_T, cond, uncond) of some prompts, batch first."""
@@ -95,7 +96,7 @@ def _spaced(schedule: NoiseSchedule, top: float, bottom: float, count: int) -> l
     """``count`` times between ``top`` and ``bottom``, by time and half log-SNR together."""
     dense = np.linspace(top, bottom, 2000)
     raw = np.array([schedule.point(float(t)).lambda_t for t in dense])
-    lambdas = np.clip(raw, -LAMBDA_LIMIT, LAMBDA_LIMIT)
+    lambdas = np.clip(raw, *LAMBDA_LIMITS)
     times = dense / schedule.num_train_timesteps
     if schedule.kind == "flow":
         times = times / (FLOW_SHIFT - (FLOW_SHIFT - 1) * times)
