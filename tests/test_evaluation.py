@@ -150,9 +150,14 @@ def test_quick_end_to_end_and_again(tmp_path: Path, capsys: Any, monkeypatch: An
     assert main(command) == 0
     printed = capsys.readouterr().out
     assert "calibrated plan" in printed and "PSNR to converged" in printed
+    assert "against the best baseline" in printed
     document = json.loads((out / "evaluate.json").read_text())
     assert (out / "sd-w5.png").read_bytes().startswith(b"\x89PNG")
     rows = document["rows"]
+    compared = [(one["method"], one["num_steps"], one["cost"]) for one in document["comparison"]]
+    ours_rows = [row for row in rows if row["ours"]]
+    expected = {(r["method"], r["num_steps"], c) for r in ours_rows for c in ("nfe", "seconds")}
+    assert set(compared) == expected and len(compared) == len(expected)
     assert all(set(row) >= COLUMNS for row in rows)
     assert {row["ours"] for row in rows} == {True, False}
     for row in rows:
@@ -286,7 +291,7 @@ def test_plans_of_a_front_are_points_of_ours(tmp_path: Path, monkeypatch: Any) -
         found = [*ours.our_methods(flow_box(), settings, tmp_path, lambda _text: None)]
     assert len(asked) == 1
     options = {"guidance_scales": [5.0, 2.0], "seed": 900_000, "budgets": (3, 5)}
-    folder = {"work_dir": tmp_path / "calibration"}
+    folder = {"work_dir": tmp_path / "calibration", "progress": True}
     assert asked[0][1] == {**options, **folder, "max_sequence_length": 1}
     assert not {*asked[0][0]} & {*cli_prompts(settings)}
     names = [method.name for method in found if "plan" in method.name]
@@ -322,17 +327,18 @@ def test_plans_in_the_box_are_taken_where_they_reach(tmp_path: Path, monkeypatch
         ours.chosen_front(sd_box(), beyond, other, said.append)
 
 
-def test_fitted_reuse_is_kept_and_meets_full_guidance(tmp_path: Path) -> None:
+def test_fitted_reuse_is_kept_and_meets_full_guidance(tmp_path: Path, monkeypatch: Any) -> None:
     """Closer to full guidance than extrapolation on the same rows, on prompts it has not seen."""
     box, point = sd_box(), ("ddim", 20)
     settings = Settings(**{**TINY, "reuse_steps": (20,), "reference_steps": 40})
     weights = ours.fitted_reuse(box, settings, tmp_path, point, "70%")
-    assert weights == ours.fitted_reuse(box, settings, tmp_path, point, "70%")
+    monkeypatch.setattr(thg_engine, "fit_reuse", None)
+    assert weights == ours.fitted_reuse(box, settings, tmp_path, point, "70%"), "read, not fitted"
     assert (tmp_path / "reuse-sd-ddim-20-70-percent.json").exists()
     bench = runner.Bench(box, evaluate.report_prompts(6), 5.0, 0, 40)
     linear, fitted = (
         bench.measure(Method(f"{guidance}", *point, guided(guidance)))
-        for guidance in (THG(nfe=0.7, reuse="linear"), THG(reuse=weights))
+        for guidance in (THG(grid=ours.coarse_grid("70%", 20), reuse="linear"), THG(reuse=weights))
     )
     assert linear.nfe == fitted.nfe == 28
     assert fitted.psnr_to_same_n > linear.psnr_to_same_n + 1
@@ -343,7 +349,7 @@ def test_comparison_by_hand() -> None:
     base = {"pipeline": "sd", "guidance_scale": 5.0, "solver": "ddim", "num_steps": 10}
 
     def row(method: str, mine: bool, seconds: float, level: float) -> dict[str, Any]:
-        cost = {"nfe": 10 * seconds, "seconds": seconds}
+        cost = {"nfe": (5 if method == "gate" else 10) * seconds, "seconds": seconds, "ci95": None}
         return {
             **base,
             "method": method,
@@ -356,7 +362,7 @@ def test_comparison_by_hand() -> None:
         row("CFG", False, 1.0, 30.0),
         row("CFG", False, 4.0, 40.0),
         row("CFG", False, 5.0, 39.0),  # later and worse: no point of the curve
-        row("gate", False, 1.5, 31.0),
+        row("gate", False, 2.5, 36.0),  # late, but of half the NFE
         row("plan, 5 NFE", True, 0.5, 20.0),
         row("plan, 20 NFE", True, 2.0, 38.0),
         row("plan, 60 NFE", True, 6.0, 45.0),
@@ -367,10 +373,14 @@ def test_comparison_by_hand() -> None:
     assert middle["baseline_psnr"] == pytest.approx(35.0) and middle["lead"] == pytest.approx(3.0)
     assert middle["equal_cost"] == pytest.approx(4.0**0.8)
     assert middle["share"] == pytest.approx(2.0 / 4.0**0.8)
-    assert found["nfe", "plan, 20 NFE"]["share"] == pytest.approx(middle["share"])
+    assert middle["value"] == 2.0
+    counted = found["nfe", "plan, 20 NFE"]
+    assert counted["value"] == 20.0 and counted["baseline"] == "gate, ddim"
+    assert counted["baseline_psnr"] == 36.0 and counted["equal"] == "CFG, ddim"
+    assert counted["share"] == pytest.approx(middle["share"])
     early, late = found["seconds", "plan, 5 NFE"], found["seconds", "plan, 60 NFE"]
     assert early["baseline"] is None and early["lead"] is None
-    assert early["equal_cost"] == pytest.approx(1.0) and early["share"] == pytest.approx(0.5)
+    assert early["equal"] is None, "every baseline's cheapest point is better already"
     assert late["lead"] == pytest.approx(5.0) and late["equal"] is None and late["share"] is None
     assert comparison([row("plan, 5 NFE", True, 0.5, 20.0)]) == []
 

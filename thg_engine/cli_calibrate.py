@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .cli_checks import processes, writable
-from .errors import InvalidArgument
+from .errors import InvalidArgument, ThgError
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -84,6 +85,8 @@ def _calibrate(args: argparse.Namespace) -> None:
     if args.plans:
         _calibrate_plans(args, out)
         return
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ThgError("error curves are measured by one process; --plans shares its work.")
     prompts = _read_prompts(args.prompts)
     if len(args.guidance_scale) > 1:
         remedy = "error curves are measured at one scale; --plans takes several."

@@ -1,4 +1,4 @@
-"""What several commands check before they begin."""
+"""What several commands check and set up before they begin."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def writable(folder: Path) -> None:
     """Make ``folder``; found out before minutes of work, not after."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
+        allowed = os.access(folder, os.W_OK)
     except OSError as error:
         raise InvalidArgument("--out", str(folder), f"cannot be made ({error}).") from error
-    if not writable:
+    if not allowed:
         raise InvalidArgument("--out", str(folder), "is not writable; give another folder.")
 
 

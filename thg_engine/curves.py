@@ -114,7 +114,7 @@ class Calibration:
             CalibrationError: missing file, no JSON, another format or version, bad or missing
                 field.
         """
-        return cls.from_document(read_document(path), str(path))
+        return cls.from_document(read_document(path, "calibration"), str(path))
 
     @classmethod
     def from_document(cls, document: object, origin: str) -> Calibration:

@@ -1,8 +1,8 @@
-"""Ours against the best baseline: error at equal time, and time at equal error.
+"""Ours against the best baseline: error at equal cost, and cost at equal error.
 
 A curve is a method under one solver, over its numbers of steps. Between two of its points, PSNR is
-interpolated linearly in the logarithm of time; a point that takes longer than another and is worse
-is no point of its curve, since nobody would choose it.
+interpolated linearly in the logarithm of the cost; a point that costs more than another and is
+worse is no point of its curve, since nobody would choose it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Curve:
 
     @classmethod
     def of(cls, name: str, rows: Sequence[Row], cost: str) -> Curve:
-        """The upper envelope of ``rows``."""
+        """The points of ``rows`` that no cheaper one beats."""
         points: list[tuple[float, float]] = []
         for row in sorted(rows, key=lambda row: (row[cost], -row["psnr_to_converged"])):
             if not points or row["psnr_to_converged"] > points[-1][1]:
@@ -58,7 +58,9 @@ class Curve:
         return float(np.interp(math.log(cost), np.log(self.costs), self.levels, left=-math.inf))
 
     def cost_of(self, level: float) -> float:
-        """What ``level`` costs; inf where no point reaches it."""
+        """What ``level`` costs; inf outside the levels of its points."""
+        if level < self.levels[0]:
+            return math.inf
         return float(np.exp(np.interp(level, self.levels, np.log(self.costs), right=math.inf)))
 
 
@@ -67,10 +69,10 @@ def comparison(rows: Sequence[Row]) -> list[Row]:
 
     Returns:
         Rows with ``pipeline``, ``guidance_scale``, ``method``, ``solver``, ``num_steps``, ``cost``
-        ("nfe" or "seconds"), ``value`` (of that cost), ``psnr``, ``baseline`` and
+        ("nfe" or "seconds"), ``value`` (of that cost), ``psnr``, ``ci95``, ``baseline`` and
         ``baseline_psnr`` at equal cost, ``lead`` in dB; ``equal`` and ``equal_cost``, the
         baseline that reaches this PSNR first and what it costs there, ``share``, our cost over
-        it. Null where no baseline is as cheap, or reaches it.
+        it. Null where no baseline is as cheap, or none has this PSNR within its range.
     """
     found = []
     for key in dict.fromkeys((row["pipeline"], row["guidance_scale"]) for row in rows):
@@ -97,6 +99,7 @@ def _compared(row: Row, curves: Sequence[Curve], cost: str) -> Row:
         "cost": cost,
         "value": value,
         "psnr": psnr,
+        "ci95": row["ci95"],
         "baseline": rival.name if math.isfinite(level) else None,
         "baseline_psnr": level if math.isfinite(level) else None,
         "lead": psnr - level if math.isfinite(level) else None,

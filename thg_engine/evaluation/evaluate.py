@@ -24,6 +24,8 @@ Say = Callable[[str], None]
 def evaluate(box: Box, settings: Settings, store: Store, say: Say, progress: bool = True) -> None:
     """Measure one pipeline; whatever the store has already is not run again."""
     part = store.part(box.name, weights_digest(box))
+    # Fits lie beside the file: from here on it guards them against other settings and weights.
+    store.save(force=True)
 
     def tell(text: str) -> None:
         if text not in store.document["notes"]:
@@ -35,7 +37,7 @@ def evaluate(box: Box, settings: Settings, store: Store, say: Say, progress: boo
     def methods_at(scale: float) -> list[Method]:
         if scale not in methods:
             found = [*baselines(box, scale, settings, tell)]
-            found += our_methods(box, settings, store.path.parent, tell)
+            found += our_methods(box, settings, store.path.parent, tell, progress)
             methods[scale] = unique(found)
         return methods[scale]
 

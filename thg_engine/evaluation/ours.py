@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,29 +23,42 @@ Say = Callable[[str], None]
 
 PLAN_SOLVER, PLAN_STEPS = "dpmpp2m", 50
 """The call that a chosen plan replaces, and with which its images are compared."""
-COARSE = {"every 2": THG(grid=2), "every 3": THG(grid=3), "70%": THG(nfe=0.7)}
-"""Coarse grids whose deltas are extrapolated and fitted."""
+COARSE = ("every 2", "every 3", "70%")
+"""Coarse grids whose deltas are extrapolated and fitted; the last within 70 % of full guidance."""
 
 
-def our_methods(box: Box, settings: Settings, folder: Path, say: Say) -> Iterator[Method]:
+def coarse_grid(name: str, num_steps: int) -> tuple[int, ...]:
+    """Rows, evenly spread, that evaluate both branches."""
+    count = max(1, int(0.4 * num_steps)) if name == "70%" else -(-num_steps // int(name[-1]))
+    return tuple(i * num_steps // count for i in range(count))
+
+
+def our_methods(
+    box: Box, settings: Settings, folder: Path, say: Say, progress: bool = True
+) -> Iterator[Method]:
     """Every point of ours; the guidance scale is the call's."""
     for solver in solvers(box, settings):
         for num_steps in settings.reuse_steps:
-            for name, coarse in COARSE.items():
-                point = solver, num_steps
-                change = guided(replace(coarse, reuse="linear"))
-                yield Method(f"THG, linear, {name}", *point, change, ours=True)
-                fitted = fitted_reuse(box, settings, folder, point, name)
-                change = guided(THG(reuse=fitted))
-                yield Method(f"THG, least squares, {name}", *point, change, ours=True)
-    front = chosen_front(box, settings, folder, say)
+            for name in COARSE:
+                point, grid = (solver, num_steps), coarse_grid(name, num_steps)
+                linear = guided(THG(grid=grid, reuse="linear"))
+                yield Method(f"THG, linear, {name}", *point, linear, ours=True)
+                fitted = fitted_reuse(box, settings, folder, point, name, progress)
+                weighed = guided(THG(reuse=fitted))
+                yield Method(f"THG, least squares, {name}", *point, weighed, ours=True)
+    front = chosen_front(box, settings, folder, say, progress)
     for budget in settings.budgets:
         name = f"calibrated plan, {budget} NFE"
         yield Method(name, PLAN_SOLVER, PLAN_STEPS, _planned(front, budget), ours=True)
 
 
 def fitted_reuse(
-    box: Box, settings: Settings, folder: Path, point: tuple[str, int], coarse: str
+    box: Box,
+    settings: Settings,
+    folder: Path,
+    point: tuple[str, int],
+    coarse: str,
+    progress: bool = False,
 ) -> FittedReuse:
     """Weights of held deltas for one (solver, N) and grid, fitted on selection prompts and noise.
 
@@ -56,7 +68,7 @@ def fitted_reuse(
     from ..fitting.reuse import FittedReuse
 
     solver, num_steps = point
-    grid = coarse.replace(" ", "-").replace("%", "-percent")
+    grid = "70-percent" if coarse == "70%" else coarse.replace(" ", "-")
     path = folder / f"reuse-{box.name}-{solver}-{num_steps}-{grid}.json"
     if path.exists():
         return FittedReuse.load(path)
@@ -65,18 +77,21 @@ def fitted_reuse(
         found = fit_reuse(
             box.pipe,
             selection_prompts(settings.selection_prompts),
-            guidance=COARSE[coarse],
+            guidance=THG(grid=coarse_grid(coarse, num_steps)),
             num_inference_steps=num_steps,
             guidance_scales=_scales(settings),
             batch_size=settings.selection_prompts,
             seed=SELECTION_SEED,
+            progress=progress,
             **box.options,
         )
     found.save(path)
     return found
 
 
-def chosen_front(box: Box, settings: Settings, folder: Path, say: Say) -> PlanFront:
+def chosen_front(
+    box: Box, settings: Settings, folder: Path, say: Say, progress: bool = False
+) -> PlanFront:
     """Calibrated plans: those that ship with the pipeline, else fitted on the selection prompts.
 
     Shipped plans were fitted on selection prompts and noise, too (``training/fit_plans.py``).
@@ -102,6 +117,7 @@ def chosen_front(box: Box, settings: Settings, folder: Path, say: Say) -> PlanFr
                 budgets=settings.budgets,
                 seed=SELECTION_SEED,
                 work_dir=folder / "calibration",
+                progress=progress,
                 **box.options,
             )
     front.save(path)
@@ -110,7 +126,8 @@ def chosen_front(box: Box, settings: Settings, folder: Path, say: Say) -> PlanFr
 
 def _scales(settings: Settings) -> list[float]:
     """All w of an evaluation, the largest first: grids are chosen there, where errors are."""
-    return sorted({*settings.guidance_scales, *settings.quality_scales}, reverse=True)
+    quality = settings.quality_scales if settings.quality_images else ()
+    return sorted({*settings.guidance_scales, *quality}, reverse=True)
 
 
 def _planned(front: PlanFront, budget: int) -> Change:

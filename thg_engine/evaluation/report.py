@@ -83,9 +83,15 @@ def _comparison_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
             row["baseline"] or "none is as fast",
             "-" if share is None else f"{share:.2f} x",
             row["equal"] or "none reaches it",
-            style="bold" if lead is not None and lead > 0 else "",
+            style="bold" if lead is not None and _beyond(row) else "",
         )
     return table
+
+
+def _beyond(row: dict[str, Any]) -> bool:
+    """Whether the whole interval of ours lies above the baseline."""
+    low = row["psnr"] if row["ci95"] is None else row["ci95"][0]
+    return bool(low > row["baseline_psnr"])
 
 
 def _quality_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:

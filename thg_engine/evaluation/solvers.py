@@ -80,7 +80,7 @@ def build(family: str, solver: str, config: Any) -> Any:
         return made.from_config(config, timestep_spacing="trailing", **options)
     shift = float(config.get("shift", 1.0))
     if solver in ("euler", "heun"):
-        edit = _euler_grid if solver == "euler" else _heun_grid
+        edit = _exact_timesteps if solver == "euler" else _heun_grid
         return _edited(base, edit).from_config(config)
     options = {**options, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
     if solver != "deis":
@@ -109,9 +109,11 @@ def _end_at_sigma_min(scheduler: Any) -> None:
 
 def _exact_timesteps(scheduler: Any, end: float = 0.0) -> None:
     """The common grid, not rounded; UniPC's own begins at 1 - 1e-6, the others' at 0.999."""
-    grid = _shifted(scheduler.num_inference_steps, scheduler.config.flow_shift)
+    config = scheduler.config
+    shift = config.flow_shift if "flow_shift" in config else config.shift
+    grid = _shifted(scheduler.num_inference_steps, shift).to(scheduler.timesteps.device)
     scheduler.timesteps = grid * TRAIN_STEPS
-    scheduler.sigmas = torch.cat([grid, torch.tensor([end])])
+    scheduler.sigmas = torch.cat([grid, grid.new_tensor([end])])
 
 
 def _end_near_zero(scheduler: Any) -> None:
@@ -125,18 +127,13 @@ def _shifted(num_steps: int, shift: float) -> torch.Tensor:
     return (shift * grid / (1 + (shift - 1) * grid)).float()
 
 
-def _euler_grid(scheduler: Any) -> None:
-    grid = _shifted(scheduler.num_inference_steps, scheduler.config.shift)
-    scheduler.timesteps = grid * TRAIN_STEPS
-    scheduler.sigmas = torch.cat([grid, torch.zeros(1)])
-
-
 def _heun_grid(scheduler: Any) -> None:
     """Every point but the first twice."""
     grid = _shifted(scheduler.num_inference_steps, scheduler.config.shift)
+    grid = grid.to(scheduler.timesteps.device)
     doubled = grid[1:].repeat_interleave(2)
     scheduler.timesteps = torch.cat([grid[:1], doubled]) * TRAIN_STEPS
-    scheduler.sigmas = torch.cat([grid[:1], doubled, torch.zeros(1)])
+    scheduler.sigmas = torch.cat([grid[:1], doubled, grid.new_zeros(1)])
 
 
 def frame(scheduler: Any, num_steps: int) -> tuple[float, float]:

@@ -62,6 +62,7 @@ class Store:
         try:
             document: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
             found = document["format"], document["version"]
+            document.setdefault("comparison", [])  # derived: files from before it had none
             known = found == (FORMAT, VERSION) and set(self._fresh()) <= set(document)
         except (OSError, ValueError, KeyError, TypeError) as error:
             remedy = f"evaluate.json in it cannot be read ({error!r}); give another folder."

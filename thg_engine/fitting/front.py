@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..curves import Calibration
-from ..documents import fields_of, read_document
+from ..documents import fields_of, read_document, write_document
 from ..errors import CalibrationError, InvalidArgument
 from ..guidance import CFG, THG
 from ..lowering import plan_from_table
@@ -260,7 +260,7 @@ class PlanFront:
 
     def save(self, path: str | Path) -> None:
         """Write the front as JSON."""
-        Path(path).write_text(self.to_json() + "\n", encoding="utf-8")
+        write_document(path, self.to_json() + "\n")
 
     def to_json(self) -> str:
         """The front as JSON, one plan a line."""
@@ -281,12 +281,13 @@ class PlanFront:
             CalibrationError: missing file, no JSON, another format or version, bad or missing
                 field.
         """
-        return cls.from_document(read_document(path), str(path))
+        return cls.from_document(read_document(path, "plans"), str(path))
 
     @classmethod
     def from_document(cls, document: Any, origin: str) -> PlanFront:
         """A front from parsed JSON; ``origin`` names it in errors."""
-        values = fields_of(document, origin, FORMAT, VERSION)
+        remedy = "make one with `thg-engine calibrate --plans`"
+        values = fields_of(document, origin, FORMAT, VERSION, remedy)
         try:
             values["plans"] = tuple(map(_entry, values["plans"]))
             values["stock"] = tuple(StockEntry(**each) for each in values["stock"])

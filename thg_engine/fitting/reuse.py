@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..documents import fields_of, read_document
+from ..documents import fields_of, read_document, write_document
 from ..engine import Engine
 from ..errors import CalibrationError, InvalidArgument
 from ..plan import Row, SamplingPlan, Weights
@@ -158,7 +158,7 @@ class FittedReuse:
             blocks.append(f'{{"guidance_scale": {fit["guidance_scale"]}, "rows": [\n   {rows}]}}')
         lines = [f"{json.dumps(k)}: {json.dumps(v, allow_nan=False)}" for k, v in document.items()]
         text = ",\n ".join([*lines, f'"fits": [\n  {", ".join(blocks)}]'])
-        Path(path).write_text(f"{{{text}\n}}\n", encoding="utf-8")
+        write_document(path, f"{{{text}\n}}\n")
 
     @classmethod
     def load(cls, path: str | Path) -> FittedReuse:
@@ -168,12 +168,12 @@ class FittedReuse:
             CalibrationError: missing file, no JSON, another format or version, bad or missing
                 field.
         """
-        return cls.from_document(read_document(path), str(path))
+        return cls.from_document(read_document(path, "reuse weights"), str(path))
 
     @classmethod
     def from_document(cls, document: Any, origin: str) -> FittedReuse:
         """Weights from parsed JSON; ``origin`` names it in errors."""
-        values = fields_of(document, origin, FORMAT, VERSION, "fit again")
+        values = fields_of(document, origin, FORMAT, VERSION, "fit again: thg_engine.fit_reuse")
         try:
             values["lambdas"] = tuple(map(float, values["lambdas"]))
             values["coarse_rows"] = tuple(values["coarse_rows"])

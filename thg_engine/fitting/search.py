@@ -20,14 +20,14 @@ from ..plan import SamplingPlan
 from ..schedule import NoiseSchedule, Point
 from ..solvers import get_solver, solver_table
 from .front import PlanEntry, ScaleFit, StockEntry, base_plan
-from .reference import DATA, Batch, Nodes, Trajectory, converge, make_nodes
+from .reference import DATA, LAMBDA_LIMITS, Batch, Nodes, Trajectory, converge, make_nodes
 from .registers import Registers
 from .rows import DEPTH, Correction, Gather, corrected, errors, fit_rows, observe
 from .spans import Grid, SpanErrors, inner_products
 from .store import Store
 
 BUDGETS = (10, 12, 14, 16, 18, 20, 24, 28, 32, 36, 40, 44, 50, 56, 60, 70, 80, 100)
-SPREADS = ((0.35, 0.02), (0.6, 0.02))
+SPREADS = ((0.35, 0.02), (0.6, 0.02), (0.6, 0.005))
 """(share of half log-SNR in the spacing, last time): grids tried beside the optimal ones, which
 know single steps from the converged trajectory and not how their errors add up."""
 PROBES = 6
@@ -181,7 +181,7 @@ def spread(task: Task, num_rows: int, share: float, last: float) -> Grid:
     """
     points = task.nodes.points[:-1]
     times = np.array([p.sigma_t / (p.alpha_t + p.sigma_t) for p in points])
-    lambdas = np.clip([p.lambda_t for p in points], -3.5, 3.5)
+    lambdas = np.clip([p.lambda_t for p in points], *LAMBDA_LIMITS)
     raw = np.array([p.timestep for p in points])
     stop = int(np.argmin(np.abs(times - last)))
     by_time, by_lambda = (raw[0] - raw), (lambdas - lambdas[0])
@@ -204,7 +204,7 @@ def sensitivities(task: Task, trajectories: Sequence[Trajectory]) -> list[float]
     if found is None:
         local = [[_growth(task, run, j) for j in probes] for run in trajectories[:1]]
         rows = torch.tensor(local, dtype=torch.float64)
-        found = task.gather(rows).mean(0).tolist()
+        found = task.gather(rows)[0].tolist()  # of the first process, however many there are
         task.store.put_json(key, found)
     values: list[float] = np.interp(range(last + 1), [*probes, last], [*found, 1.0]).tolist()
     return values

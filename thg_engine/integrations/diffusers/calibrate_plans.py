@@ -18,7 +18,9 @@ from ...curves import Calibration
 from ...doctor import machine_line
 from ...errors import InvalidArgument
 from ...fitting.front import PlanFront
-from ...fitting.reference import Batch, make_nodes
+from ...fitting.reference import Batch
+from ...fitting.ridge import MAX_FOLDS, PENALTIES
+from ...fitting.rows import WINDOW
 from ...fitting.search import BUDGETS, StockPlan, Task, search
 from ...fitting.store import Store
 from ...guidance import CFG
@@ -110,9 +112,10 @@ class _Job:
         curves: Calibration | None,
     ) -> PlanFront:
         """Fit, measure, and say where it comes from."""
-        store = _store(work_dir, self.prompts, self._settings(solver))
-        seconds = _seconds(self.captured, store, self.call)
-        task, count = self._task(budgets, seconds, solver, store, progress)
+        task, count = self._task(budgets, solver, progress)
+        task.store = _store(work_dir, self.prompts, self._settings(task))
+        seconds = _seconds(self.captured, task.store, self.call)
+        task.c2 = seconds[1] / seconds[0]
         found = search(task, _stock(self.pipe.scheduler, self.schedule.kind, self.predicts))
         return PlanFront(
             model=model or model_name(self.pipe),
@@ -132,20 +135,16 @@ class _Job:
             curves=curves,
         )
 
-    def _settings(self, solver: str | None) -> list[str]:
+    def _settings(self, task: Task) -> list[str]:
         """All that converged runs and fits depend on, besides the prompts and w."""
         made = [*map(str, (self.predicts, schedule_digest(self.schedule), self.negative_prompt))]
-        made += [str(dict(self.call)), str(self.noises), str(solver)]
-        made += [str(make_nodes(self.schedule, end=end_of(self.pipe.scheduler, self.schedule)))]
+        made += [str(dict(self.call)), str(self.noises), task.solver]
+        made += [str([round(p.timestep, 6) for p in task.nodes.points]), str(task.nodes.substeps)]
+        made += [str(task.end), str((WINDOW, PENALTIES, MAX_FOLDS))]
         return [*made, fingerprint(self.captured.module), _weights_digest(self.pipe)]
 
     def _task(
-        self,
-        budgets: tuple[int, ...],
-        seconds: tuple[float, float],
-        solver: str | None,
-        store: Store,
-        progress: bool,
+        self, budgets: tuple[int, ...], solver: str | None, progress: bool
     ) -> tuple[Task, tuple[int, int]]:
         """The task, and how many prompts there are to fit and to hold out."""
         fit, held_out, count = self._batches()
@@ -157,12 +156,10 @@ class _Job:
             held_out,
             self.scales,
             tuple(sorted(set(budgets))),
-            seconds[1] / seconds[0],
-            solver or "dpmpp2m",
-            gather,
-            store,
-            progress and rank()[0] == 0,
-            end_of(self.pipe.scheduler, self.schedule),
+            solver=solver or "dpmpp2m",
+            gather=gather,
+            progress=progress and rank()[0] == 0,
+            end=end_of(self.pipe.scheduler, self.schedule),
         )
         return task, count
 

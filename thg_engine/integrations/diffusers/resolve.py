@@ -92,7 +92,7 @@ def load_calibration(
 
 def load_either(path: str | Path) -> Calibration | PlanFront:
     """Error curves or fitted plans, whichever the file says it holds."""
-    document = read_document(path)
+    document = read_document(path, "calibration")
     if isinstance(document, dict) and document.get("format") == FRONT_FORMAT:
         return PlanFront.from_document(document, str(path))
     return Calibration.from_document(document, str(path))

@@ -36,7 +36,7 @@ def batches_of(
     jobs = [(i, k) for k in range(noises.samples) for i in kept]
     size = noises.batch_size
     found = []
-    for chunk in share([jobs[at : at + size] for at in range(0, len(jobs), size)]):
+    for chunk in share([jobs[at : at + size] for at in range(0, len(jobs), size)], size):
         captions = [prompts[i] for i, _ in chunk]
         shape, cond, uncond = captured.conditioning(
             captions, negative_prompt, guidance_scale, **call
@@ -57,12 +57,12 @@ def rank() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def share(chunks: Sequence[Any]) -> list[Any]:
+def share(chunks: Sequence[Any], batch_size: int) -> list[Any]:
     """This process's share, at least one: a process without any could not take part."""
     index, size = rank()
     if len(chunks) < size:
-        remedy = f"give at least {size} batches to fit and to hold out, one per process."
-        raise InvalidArgument("batch_size", len(chunks), remedy)
+        remedy = f"that makes {len(chunks)} batches for {size} processes; make it smaller."
+        raise InvalidArgument("batch_size", batch_size, remedy)
     return list(chunks[index::size])
 
 
