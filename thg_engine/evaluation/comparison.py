@@ -18,6 +18,14 @@ Row = dict[str, Any]
 COSTS = ("nfe", "seconds")
 
 
+def groups(rows: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
+    """Rows by pipeline and guidance scale, in the order in which they come."""
+    found: dict[tuple[str, float], list[Row]] = {}
+    for row in rows:
+        found.setdefault((row["pipeline"], row["guidance_scale"]), []).append(row)
+    return found
+
+
 def curves_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows by curve, baselines first; plans of several budgets are one curve."""
     curves: dict[str, list[Row]] = {}
@@ -75,8 +83,7 @@ def comparison(rows: Sequence[Row]) -> list[Row]:
         it. Null where no baseline is as cheap, or none has this PSNR within its range.
     """
     found = []
-    for key in dict.fromkeys((row["pipeline"], row["guidance_scale"]) for row in rows):
-        some = [row for row in rows if (row["pipeline"], row["guidance_scale"]) == key]
+    for some in groups(rows).values():
         baselines = curves_of(row for row in some if not row["ours"])
         if not baselines:
             continue

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .comparison import curves_of
+from .comparison import curves_of, groups
 
 _PANELS = (
     ("nfe", "psnr_to_converged", "NFE per image", "PSNR to converged, dB"),
@@ -26,9 +26,7 @@ def plot_rows(rows: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
         ImportError: matplotlib is missing (``pip install thg-engine[metrics]``).
     """
     written = []
-    for pipeline, scale in sorted({(row["pipeline"], row["guidance_scale"]) for row in rows}):
-        wanted = (pipeline, scale)
-        some = [row for row in rows if (row["pipeline"], row["guidance_scale"]) == wanted]
+    for (pipeline, scale), some in groups(rows).items():
         path = folder / f"{pipeline}-w{scale:g}.png"
         _figure(some, f"{pipeline}, w = {scale:g}").savefig(path, dpi=110)
         written.append(path)

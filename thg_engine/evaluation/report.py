@@ -5,27 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from .comparison import groups
+
 if TYPE_CHECKING:
     from rich.table import Table
 
 
 def tables(document: dict[str, Any]) -> Iterator[Table]:
     """Work-precision rows, the comparison, then quality, a table per pipeline and scale."""
-    for title, some in _groups(document["rows"]):
+    for title, some in _titled(document["rows"]):
         yield _curves_table(title, some)
-    for title, some in _groups(document["comparison"]):
+    for title, some in _titled(document["comparison"]):
         yield _comparison_table(title, [row for row in some if row["cost"] == "seconds"])
-    for title, some in _groups(document["quality"]):
+    for title, some in _titled(document["quality"]):
         yield _quality_table(title, some)
 
 
-def _groups(
-    rows: Sequence[dict[str, Any]],
-) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    keys = dict.fromkeys((row["pipeline"], row["guidance_scale"]) for row in rows)
-    for key in keys:
-        some = [row for row in rows if (row["pipeline"], row["guidance_scale"]) == key]
-        yield f"{key[0]}, w = {key[1]:g}", some
+def _titled(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    for (pipeline, scale), some in groups(rows).items():
+        yield f"{pipeline}, w = {scale:g}", some
 
 
 def _table(title: str, heads: Sequence[str]) -> Table:

@@ -103,7 +103,8 @@ class Store:
         parts = self.document["pipelines"].items()
         count = self.settings["seeds"]
         self.document["rows"] = [row for name, part in parts for row in rows_of(name, part, count)]
-        self.document["comparison"] = comparison(self.document["rows"])
+        if force:
+            self.document["comparison"] = comparison(self.document["rows"])
         self.document["quality"] = [row for name, part in parts for row in quality_of(name, part)]
         partial = self.path.with_suffix(".partial")
         text = json.dumps(self.document, indent=1, allow_nan=False)

@@ -13,7 +13,6 @@ from typing import Any
 import diffusers
 import torch
 
-from ...calibration import check_scale
 from ...curves import Calibration
 from ...doctor import machine_line
 from ...errors import InvalidArgument
@@ -30,7 +29,7 @@ from ...trace import trace
 from .captured import Captured
 from .planned import end_of, native_schedule, schedule_digest, time_denoiser
 from .resolve import fingerprint, model_name
-from .sampling import Noises, batches_of, gather, rank
+from .sampling import Noises, batches_of, check_given, gather, rank
 
 HELD_OUT = 1 / 3
 """Share of the prompts that errors are measured on."""
@@ -74,14 +73,16 @@ def calibrate_plans(
         solver: of the base rows, one of `thg_engine.solvers.SOLVERS`; None: DPM-Solver++ 2M.
         batch_size, samples, seed: prompts at a time; noises per prompt; of the noise.
         model, curves: name to record, the pipeline's own if empty; error curves for the same file.
-        work_dir: where an interrupted calibration finds what it has done.
+        work_dir: where an interrupted calibration finds what it has done; all processes share it.
         progress: show tqdm bars.
         call: further arguments of the pipeline's call: height, width, max_sequence_length, ...
     Raises:
         UnsupportedPipeline, InvalidArgument: the message says what plans cannot be fitted to.
     """
-    _check(prompts, guidance_scales, budgets, batch_size, samples)
-    scales, noises = tuple(map(float, guidance_scales)), Noises(samples, seed, batch_size)
+    noises = Noises(samples, seed, batch_size)
+    check_given(prompts, 6, guidance_scales, noises)
+    _check_budgets(budgets)
+    scales = tuple(map(float, guidance_scales))
     job = _Job(pipe, tuple(prompts), scales, negative_prompt, noises, call)
     return job.front(tuple(budgets), solver, work_dir, progress, model, curves)
 
@@ -180,29 +181,10 @@ class _Job:
         return batches_of(*given, self.noises, self.call)
 
 
-def _check(
-    prompts: Sequence[str],
-    scales: Sequence[float],
-    budgets: Sequence[int],
-    batch_size: int,
-    samples: int,
-) -> None:
-    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-        raise InvalidArgument("prompts", prompts, "give a list of captions.")
-    if len(prompts) < 6:
-        raise InvalidArgument("prompts", len(prompts), "give at least six captions.")
-    if not scales:
-        raise InvalidArgument("guidance_scales", scales, "give at least one scale.")
-    for scale in scales:
-        check_scale(scale)
-    if len(set(scales)) < len(scales):
-        raise InvalidArgument("guidance_scales", tuple(scales), "give each scale once.")
+def _check_budgets(budgets: Sequence[int]) -> None:
     for budget in budgets:
         if isinstance(budget, bool) or not isinstance(budget, int) or budget < 4:
             raise InvalidArgument("budgets", budget, "a budget is a whole number of at least 4.")
-    for name, value in (("batch_size", batch_size), ("samples", samples)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidArgument(name, value, "give a whole number of at least 1.")
 
 
 def _store(work_dir: str | Path | None, prompts: Sequence[str], settings: Sequence[str]) -> Store:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from ...calibration import check_scale
 from ...doctor import machine_line
 from ...errors import InvalidArgument
 from ...fitting.reference import Batch
@@ -23,7 +22,7 @@ from ...trace import trace
 from .captured import Captured
 from .planning import ChosenRows
 from .resolve import DEFAULT_NFE, fingerprint, model_name, resolve_guidance
-from .sampling import Noises, batches_of, gather, rank
+from .sampling import Noises, batches_of, check_count, check_given, gather, rank
 
 
 def fit_reuse(
@@ -56,9 +55,10 @@ def fit_reuse(
         UnsupportedPipeline, UntraceableScheduler: other guidance; a step that is not linear.
         InvalidArgument: too few prompts, w <= 1, a stochastic scheduler, a guidance with a boost.
     """
-    _check(prompts, guidance_scales, num_inference_steps, batch_size, samples)
-    captured = Captured.of(pipe)
     noises, every = Noises(samples, seed, batch_size), range(len(prompts))
+    check_given(prompts, 2, guidance_scales, noises)
+    check_count("num_inference_steps", num_inference_steps)
+    captured = Captured.of(pipe)
     with torch.no_grad():
         first = (negative_prompt, guidance_scales[0])
         batches = batches_of(captured, prompts, every, *first, noises, call)
@@ -125,25 +125,3 @@ def _rows(
     found: Any = resolve_guidance(method, None, None, captured.module)[0]
     rows: tuple[GuidanceRow, ...] = replace(found, reuse=FALLBACK).rows(table.lambdas, scale)
     return rows
-
-
-def _check(
-    prompts: Sequence[str],
-    scales: Sequence[float],
-    num_steps: int,
-    batch_size: int,
-    samples: int,
-) -> None:
-    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
-        raise InvalidArgument("prompts", prompts, "give a list of captions.")
-    if len(prompts) < 2:
-        remedy = "give at least two captions; 24 or more are better."
-        raise InvalidArgument("prompts", len(prompts), remedy)
-    if not scales or len(set(scales)) < len(scales):
-        raise InvalidArgument("guidance_scales", tuple(scales), "give some scales, each once.")
-    for scale in scales:
-        check_scale(scale)
-    counts = {"num_inference_steps": num_steps, "batch_size": batch_size, "samples": samples}
-    for name, value in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise InvalidArgument(name, value, "give a whole number of at least 1.")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...calibration import check_scale
 from ...errors import InvalidArgument
 from ...fitting.reference import Batch
 from .captured import Captured, noise
@@ -21,6 +22,30 @@ class Noises:
     samples: int
     seed: int
     batch_size: int
+
+
+def check_given(
+    prompts: Sequence[str], least: int, guidance_scales: Sequence[float], noises: Noises
+) -> None:
+    """Refuse what nothing can be fitted on; ``least`` is how many prompts it takes."""
+    if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
+        raise InvalidArgument("prompts", prompts, "give a list of captions.")
+    if len(prompts) < least:
+        remedy = f"give at least {least} captions; 24 or more are better."
+        raise InvalidArgument("prompts", len(prompts), remedy)
+    if not guidance_scales or len(set(guidance_scales)) < len(guidance_scales):
+        remedy = "give at least one scale, each once."
+        raise InvalidArgument("guidance_scales", tuple(guidance_scales), remedy)
+    for scale in guidance_scales:
+        check_scale(scale)
+    check_count("batch_size", noises.batch_size)
+    check_count("samples", noises.samples)
+
+
+def check_count(name: str, value: object) -> None:
+    """Refuse what is no whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgument(name, value, "give a whole number of at least 1.")
 
 
 def batches_of(
