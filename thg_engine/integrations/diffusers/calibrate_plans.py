@@ -80,10 +80,8 @@ def calibrate_plans(
         UnsupportedPipeline, InvalidArgument: the message says what plans cannot be fitted to.
     """
     noises = Noises(samples, seed, batch_size)
-    check_given(prompts, 6, guidance_scales, noises)
-    _check_budgets(budgets)
-    scales = tuple(map(float, guidance_scales))
-    job = _Job(pipe, tuple(prompts), scales, negative_prompt, noises, call)
+    _check(prompts, guidance_scales, budgets)
+    job = _Job(pipe, tuple(prompts), tuple(guidance_scales), negative_prompt, noises, call)
     return job.front(tuple(budgets), solver, work_dir, progress, model, curves)
 
 
@@ -99,6 +97,7 @@ class _Job:
     call: Mapping[str, Any]
 
     def __post_init__(self) -> None:
+        self.scales = tuple(map(float, self.scales))
         self.captured = Captured.of(self.pipe)
         self.schedule, self.predicts = native_schedule(self.pipe.scheduler)
 
@@ -181,7 +180,8 @@ class _Job:
         return batches_of(*given, self.noises, self.call)
 
 
-def _check_budgets(budgets: Sequence[int]) -> None:
+def _check(prompts: Sequence[str], scales: Sequence[float], budgets: Sequence[int]) -> None:
+    check_given(prompts, 6, scales)
     for budget in budgets:
         if isinstance(budget, bool) or not isinstance(budget, int) or budget < 4:
             raise InvalidArgument("budgets", budget, "a budget is a whole number of at least 4.")

@@ -22,7 +22,7 @@ from ...trace import trace
 from .captured import Captured
 from .planning import ChosenRows
 from .resolve import DEFAULT_NFE, fingerprint, model_name, resolve_guidance
-from .sampling import Noises, batches_of, check_count, check_given, gather, rank
+from .sampling import Noises, batches_of, check_counts, check_given, gather, rank
 
 
 def fit_reuse(
@@ -55,13 +55,12 @@ def fit_reuse(
         UnsupportedPipeline, UntraceableScheduler: other guidance; a step that is not linear.
         InvalidArgument: too few prompts, w <= 1, a stochastic scheduler, a guidance with a boost.
     """
-    noises, every = Noises(samples, seed, batch_size), range(len(prompts))
-    check_given(prompts, 2, guidance_scales, noises)
-    check_count("num_inference_steps", num_inference_steps)
-    captured = Captured.of(pipe)
+    check_counts(num_inference_steps=num_inference_steps)
+    check_given(prompts, 2, guidance_scales)
+    noises, captured = Noises(samples, seed, batch_size), Captured.of(pipe)
     with torch.no_grad():
         first = (negative_prompt, guidance_scales[0])
-        batches = batches_of(captured, prompts, every, *first, noises, call)
+        batches = batches_of(captured, prompts, range(len(prompts)), *first, noises, call)
         table = trace(pipe.scheduler, num_inference_steps)
         given = (captured, table, guidance, batches, guidance_scales)
         found = _fitted(*given, (deltas, cond_changes), progress)

@@ -23,10 +23,11 @@ class Noises:
     seed: int
     batch_size: int
 
+    def __post_init__(self) -> None:
+        check_counts(batch_size=self.batch_size, samples=self.samples)
 
-def check_given(
-    prompts: Sequence[str], least: int, guidance_scales: Sequence[float], noises: Noises
-) -> None:
+
+def check_given(prompts: Sequence[str], least: int, guidance_scales: Sequence[float]) -> None:
     """Refuse what nothing can be fitted on; ``least`` is how many prompts it takes."""
     if isinstance(prompts, str) or not all(isinstance(p, str) for p in prompts):
         raise InvalidArgument("prompts", prompts, "give a list of captions.")
@@ -38,14 +39,13 @@ def check_given(
         raise InvalidArgument("guidance_scales", tuple(guidance_scales), remedy)
     for scale in guidance_scales:
         check_scale(scale)
-    check_count("batch_size", noises.batch_size)
-    check_count("samples", noises.samples)
 
 
-def check_count(name: str, value: object) -> None:
+def check_counts(**counts: object) -> None:
     """Refuse what is no whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise InvalidArgument(name, value, "give a whole number of at least 1.")
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise InvalidArgument(name, value, "give a whole number of at least 1.")
 
 
 def batches_of(
