@@ -320,6 +320,24 @@ def test_kept_grids_and_spreads(few_nodes) -> None:
             task_of(Gaussian(VP, "epsilon"), Store(), **bad)
 
 
+def test_what_is_best_at_any_scale_is_kept(few_nodes, monkeypatch) -> None:
+    """Of three grids of as many rows, two are best at one scale each, and the third at none."""
+    grids = [Grid((0, middle, 10), (0, middle, 10)) for middle in (4, 5, 6)]
+    errors = {W: (0.2, 0.3, 0.4), 2.0: (0.3, 0.2, 0.4)}
+
+    def measured(task: Task, grid: Grid, runs: searching.Converged) -> ScaleFit:
+        scale = runs.guidance_scale
+        return ScaleFit(scale, errors[scale][grids.index(grid)], 0.1, 1.0)
+
+    monkeypatch.setattr(searching, "candidate_grids", lambda *args: tuple(grids))
+    monkeypatch.setattr(searching, "fitted", measured)
+    task = task_of(Gaussian(VP, "epsilon", 0.3), Store())
+    plans = search(task, {}).plans
+    found = {p.timesteps[1]: tuple((f.guidance_scale, f.error) for f in p.fits) for p in plans}
+    low, high = (task.nodes.points[j].timestep for j in (4, 5))
+    assert found == {low: ((2.0, 0.3), (W, 0.2)), high: ((2.0, 0.2), (W, 0.3))}
+
+
 def test_a_fit_that_does_not_help_is_not_kept(few_nodes, monkeypatch) -> None:
     worse = tuple(Correction((0.5,), (), ()) for _ in range(3))
     monkeypatch.setattr(searching, "fit_rows", lambda *args: worse)

@@ -22,7 +22,7 @@ from thg_engine.evaluation.settings import SELECTION_SEED
 DATA = Path(thg_engine.__file__).parent / "data"
 BUDGETS = (12, 16, 20, 24, 32, 40, 56, 80)
 SCALES = (7.5, 5.0, 3.0, 2.0)
-"""The default scale of Stable Diffusion first: grids are chosen there."""
+"""The default scale of Stable Diffusion first: grids are made for it."""
 OPTIONS = {"sd": {}, "flow": {"max_sequence_length": 1}}
 
 

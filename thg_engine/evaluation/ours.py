@@ -125,7 +125,7 @@ def chosen_front(
 
 
 def _scales(settings: Settings) -> list[float]:
-    """All w of an evaluation, the largest first: grids are chosen there, where errors are."""
+    """All w of an evaluation, the largest first: grids are made for it, where errors are."""
     quality = settings.quality_scales if settings.quality_images else ()
     return sorted({*settings.guidance_scales, *quality}, reverse=True)
 

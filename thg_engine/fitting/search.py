@@ -48,8 +48,8 @@ class Task:
         prediction_type: diffusers' string.
         fit, held_out: batches that rows are fitted to, and batches that errors are measured on;
             those of this process.
-        guidance_scales: w; grids are chosen at the first and kept at all others, so that rows can
-            be interpolated between them.
+        guidance_scales: w; grids are made for the first and fitted at all, so that rows can be
+            interpolated between them.
         budgets: evaluations per sample for which plans are made.
         c2: cost of a call with both branches, in calls of one.
         solver: of the base rows.
@@ -95,23 +95,18 @@ def search(task: Task, stock: Mapping[tuple[str, int], StockPlan]) -> Found:
         stock: ordinary solvers to be measured beside, by (name, N).
     """
     runs = {scale: Converged.of(task, scale) for scale in task.guidance_scales}
-    main = runs[task.guidance_scales[0]]
-    grids = candidate_grids(task, main.fit)
-    measured = {}
-    with task.bar("fit", len(grids)) as bar:
-        for grid in grids:
-            measured[grid] = fitted(task, grid, main)
-            bar.update()
-    kept = undominated(measured)
-    entries = []
-    with task.bar("scales", len(kept) * (len(runs) - 1)) as bar:
-        for grid in kept:
-            fits = [measured[grid]]
-            for scale in task.guidance_scales[1:]:
-                fits.append(fitted(task, grid, runs[scale]))
+    grids = candidate_grids(task, runs[task.guidance_scales[0]].fit)
+    measured: dict[float, dict[Grid, ScaleFit]] = {scale: {} for scale in sorted(runs)}
+    with task.bar("fit", len(grids) * len(runs)) as bar:
+        for scale in task.guidance_scales:
+            for grid in grids:
+                measured[scale][grid] = fitted(task, grid, runs[scale])
                 bar.update()
-            fits.sort(key=lambda fit: fit.guidance_scale)
-            entries.append(entry_of(task, grid, tuple(fits)))
+    # What is best at one scale need not be at another: a front holds both, and serves each w.
+    kept = dict.fromkeys(grid for fits in measured.values() for grid in undominated(fits))
+    entries = [
+        entry_of(task, grid, tuple(fits[grid] for fits in measured.values())) for grid in kept
+    ]
     return Found(tuple(entries), tuple(_stock(task, runs, stock)))
 
 

@@ -67,7 +67,7 @@ def calibrate_plans(
     Args:
         pipe: one denoiser call per step for both branches; compiled or not, it is not changed.
         prompts: captions like those it will see, at least six; every third is held out.
-        guidance_scales: w; grids are chosen at the first. Rows are interpolated between them.
+        guidance_scales: w; grids are made for the first. Rows are interpolated between them.
         budgets: evaluations per sample for which plans are made.
         negative_prompt: of the unconditional branch.
         solver: of the base rows, one of `thg_engine.solvers.SOLVERS`; None: DPM-Solver++ 2M.
