@@ -164,11 +164,13 @@ def test_quick_end_to_end_and_again(tmp_path: Path, capsys: Any, monkeypatch: An
         assert (row["psnr_to_same_n"] is None) == (row["method"] == "CFG")
         assert row["ci95"][0] <= row["psnr_to_converged"] <= row["ci95"][1]
         assert row["seconds"] > 0 and row["c2"] > 0 and row["seeds"] == 3
-        if row["method"].startswith("calibrated plan"):
-            assert row["num_steps"] == 50 and row["nfe"] <= 8  # of the call, and the budget
+        if row["method"] == "calibrated plan":
+            assert row["num_steps"] == 50 and row["nfe"] <= row["budget"] == 8
         else:
             assert row["num_steps"] <= row["nfe"] <= 2 * row["num_steps"]
-    assert "calibrated plan, 8 NFE" in {row["method"] for row in rows}
+            assert row["budget"] is None
+    assert "calibrated plan" in {row["method"] for row in rows}
+    assert "calibrated plan, 8 NFE" in printed
     quality = document["quality"]
     assert {row["guidance_scale"] for row in quality} == {2.0}
     assert all(row["images"] == 8 and math.isfinite(row["frechet_floor"]) for row in quality)
@@ -294,8 +296,8 @@ def test_plans_of_a_front_are_points_of_ours(tmp_path: Path, monkeypatch: Any) -
     folder = {"work_dir": tmp_path / "calibration", "progress": True}
     assert asked[0][1] == {**options, **folder, "max_sequence_length": 1}
     assert not {*asked[0][0]} & {*cli_prompts(settings)}
-    names = [method.name for method in found if "plan" in method.name]
-    assert names == ["calibrated plan, 3 NFE", "calibrated plan, 5 NFE"]
+    keys = [method.key for method in found if method.budget]
+    assert keys == ["calibrated plan/dpmpp2m/50/3", "calibrated plan/dpmpp2m/50/5"]
     compiled: list[Any] = []
     monkeypatch.setattr(thg_engine, "compile", lambda pipe, **kwargs: compiled.append(kwargs))
     with found[-1].change(flow_box(), 50):
@@ -354,6 +356,7 @@ def test_comparison_by_hand() -> None:
             **base,
             "method": method,
             "ours": mine,
+            "budget": None,
             **cost,
             "psnr_to_converged": level,
         }
@@ -363,26 +366,26 @@ def test_comparison_by_hand() -> None:
         row("CFG", False, 4.0, 40.0),
         row("CFG", False, 5.0, 39.0),  # later and worse: no point of the curve
         row("gate", False, 2.5, 36.0),  # late, but of half the NFE
-        row("plan, 5 NFE", True, 0.5, 20.0),
-        row("plan, 20 NFE", True, 2.0, 38.0),
-        row("plan, 60 NFE", True, 6.0, 45.0),
+        row("short", True, 0.5, 20.0),
+        row("plan", True, 2.0, 38.0),
+        row("long", True, 6.0, 45.0),
     ]
     found = {(one["cost"], one["method"]): one for one in comparison(rows)}
-    middle = found["seconds", "plan, 20 NFE"]
+    middle = found["seconds", "plan"]
     assert middle["baseline"] == middle["equal"] == "CFG, ddim"
     assert middle["baseline_psnr"] == pytest.approx(35.0) and middle["lead"] == pytest.approx(3.0)
     assert middle["equal_cost"] == pytest.approx(4.0**0.8)
     assert middle["share"] == pytest.approx(2.0 / 4.0**0.8)
     assert middle["value"] == 2.0
-    counted = found["nfe", "plan, 20 NFE"]
+    counted = found["nfe", "plan"]
     assert counted["value"] == 20.0 and counted["baseline"] == "gate, ddim"
     assert counted["baseline_psnr"] == 36.0 and counted["equal"] == "CFG, ddim"
     assert counted["share"] == pytest.approx(middle["share"])
-    early, late = found["seconds", "plan, 5 NFE"], found["seconds", "plan, 60 NFE"]
+    early, late = found["seconds", "short"], found["seconds", "long"]
     assert early["baseline"] is None and early["lead"] is None
     assert early["equal"] is None, "every baseline's cheapest point is better already"
     assert late["lead"] == pytest.approx(5.0) and late["equal"] is None and late["share"] is None
-    assert comparison([row("plan, 5 NFE", True, 0.5, 20.0)]) == []
+    assert comparison([row("short", True, 0.5, 20.0)]) == []
 
 
 def cli_prompts(settings: Settings) -> list[str]:
@@ -396,8 +399,8 @@ def test_plots_hold_every_curve(tmp_path: Path) -> None:
         {**base, **more, "method": name, "ours": mine, "nfe": nfe, "psnr_to_converged": 30.0}
         | {"ci95": [29.0, 31.0]}
         for name, mine, nfe in [
-            ("calibrated plan, 40 NFE", True, 40.0),
-            ("calibrated plan, 20 NFE", True, 20.0),
+            ("calibrated plan", True, 40.0),
+            ("calibrated plan", True, 20.0),
             ("CFG", False, 20.0),
         ]
     ]

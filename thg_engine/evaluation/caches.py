@@ -35,7 +35,7 @@ def deep_cache(interval: int) -> Change:
 
     @contextmanager
     def change(box: Box, _num_steps: int) -> Iterator[None]:
-        from DeepCache import DeepCacheSDHelper  # type: ignore[import-not-found]
+        from DeepCache import DeepCacheSDHelper
 
         helper = DeepCacheSDHelper(pipe=box.pipe)
         helper.set_params(cache_interval=interval, cache_branch_id=0)

@@ -30,8 +30,7 @@ def curves_of(rows: Iterable[Row]) -> dict[str, list[Row]]:
     """Rows by curve, baselines first; plans of several budgets are one curve."""
     curves: dict[str, list[Row]] = {}
     for row in sorted(rows, key=lambda row: (row["ours"], row["method"], row["nfe"])):
-        name = row["method"].split(", ")[0] if "NFE" in row["method"] else row["method"]
-        curves.setdefault(f"{name}, {row['solver']}", []).append(row)
+        curves.setdefault(f"{row['method']}, {row['solver']}", []).append(row)
     for points in curves.values():
         points.sort(key=lambda row: row["nfe"])
     return curves
@@ -76,11 +75,12 @@ def comparison(rows: Sequence[Row]) -> list[Row]:
     """Each point of ours against the best baseline, at its NFE and at its seconds.
 
     Returns:
-        Rows with ``pipeline``, ``guidance_scale``, ``method``, ``solver``, ``num_steps``, ``cost``
-        ("nfe" or "seconds"), ``value`` (of that cost), ``psnr``, ``ci95``, ``baseline`` and
-        ``baseline_psnr`` at equal cost, ``lead`` in dB; ``equal`` and ``equal_cost``, the
-        baseline that reaches this PSNR first and what it costs there, ``share``, our cost over
-        it. Null where no baseline is as cheap, or none has this PSNR within its range.
+        Rows with ``pipeline``, ``guidance_scale``, ``method``, ``solver``, ``num_steps``,
+        ``budget``, ``cost`` ("nfe" or "seconds"), ``value`` (of that cost), ``psnr``, ``ci95``,
+        ``baseline`` and ``baseline_psnr`` at equal cost, ``lead`` in dB; ``equal`` and
+        ``equal_cost``, the baseline that reaches this PSNR first and what it costs there,
+        ``share``, our cost over it. Null where no baseline is as cheap, or none has this PSNR
+        within its range.
     """
     found = []
     for some in groups(rows).values():
@@ -100,7 +100,7 @@ def _compared(row: Row, curves: Sequence[Curve], cost: str) -> Row:
     level = rival.level_at(value)
     equal = min(curves, key=lambda curve: curve.cost_of(psnr))
     price = equal.cost_of(psnr)
-    names = ("pipeline", "guidance_scale", "method", "solver", "num_steps")
+    names = ("pipeline", "guidance_scale", "method", "solver", "num_steps", "budget")
     return {
         **{name: row[name] for name in names},
         "cost": cost,

@@ -127,10 +127,6 @@ def scored_methods(box: Box, settings: Settings, methods: list[Method]) -> list[
     steps = settings.quality_steps
     full = [Method(CFG_NAME, solver, steps, plain) for solver in {*used, REFERENCE_SOLVER}]
     full.sort(key=lambda method: method.key)
-    rest = [m for m in methods if not m.full_guidance and (m.num_steps == steps or _planned(m))]
+    rest = [m for m in methods if not m.full_guidance and (m.num_steps == steps or m.budget)]
     wanted = {method.key: method for method in (converged, *full, *rest)}
     return list(wanted.values())
-
-
-def _planned(method: Method) -> bool:
-    return method.ours and method.name.startswith("calibrated plan")

@@ -32,6 +32,7 @@ class Method:
         num_steps: ``num_inference_steps`` of the call.
         change: what is done to the pipeline.
         ours: whether this package proposes it; a baseline otherwise.
+        budget: NFE asked for, of a method that chooses its own steps; None of any other.
     """
 
     name: str
@@ -39,11 +40,13 @@ class Method:
     num_steps: int
     change: Change
     ours: bool = False
+    budget: int | None = None
 
     @property
     def key(self) -> str:
         """Identifies the point among those of one pipeline and guidance scale."""
-        return f"{self.name}/{self.solver}/{self.num_steps}"
+        point = f"{self.name}/{self.solver}/{self.num_steps}"
+        return point if self.budget is None else f"{point}/{self.budget}"
 
     @property
     def full_guidance(self) -> bool:

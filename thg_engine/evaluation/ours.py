@@ -48,8 +48,8 @@ def our_methods(
                 yield Method(f"THG, least squares, {name}", *point, weighed, ours=True)
     front = chosen_front(box, settings, folder, say, progress)
     for budget in settings.budgets:
-        name = f"calibrated plan, {budget} NFE"
-        yield Method(name, PLAN_SOLVER, PLAN_STEPS, _planned(front, budget), ours=True)
+        change = _planned(front, budget)
+        yield Method("calibrated plan", PLAN_SOLVER, PLAN_STEPS, change, ours=True, budget=budget)
 
 
 def fitted_reuse(

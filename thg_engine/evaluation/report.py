@@ -35,6 +35,12 @@ def _table(title: str, heads: Sequence[str]) -> Table:
     return table
 
 
+def _label(row: dict[str, Any]) -> str:
+    """The method, and the budget of one that chooses its own steps."""
+    budget = row["budget"]
+    return str(row["method"]) if budget is None else f"{row['method']}, {budget} NFE"
+
+
 def _curves_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     """By NFE, so that what costs the same stands together."""
     heads = ("method", "solver", "N", "NFE", "s/image", "PSNR to converged", "95 %", "to same N")
@@ -43,7 +49,7 @@ def _curves_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
         interval = row["ci95"]
         same_n = row["psnr_to_same_n"]
         table.add_row(
-            row["method"] + (" *" if row["ours"] else ""),
+            _label(row) + (" *" if row["ours"] else ""),
             row["solver"],
             str(row["num_steps"]),
             f"{row['nfe']:.4g}",
@@ -72,7 +78,7 @@ def _comparison_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     for row in rows:
         share, lead = row["share"], row["lead"]
         table.add_row(
-            row["method"],
+            _label(row),
             row["solver"],
             str(row["num_steps"]),
             f"{row['value']:.4f}",
@@ -100,7 +106,7 @@ def _quality_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     table = _table(about, heads)
     for row in rows:
         table.add_row(
-            row["method"] + (" *" if row["ours"] else ""),
+            _label(row) + (" *" if row["ours"] else ""),
             row["solver"],
             str(row["num_steps"]),
             f"{row['nfe']:.4g}",

@@ -20,7 +20,7 @@ from .comparison import comparison
 from .methods import Method
 from .metrics import interval95
 
-FORMAT, VERSION = "thg-engine/evaluation", 1
+FORMAT, VERSION = "thg-engine/evaluation", 2
 SAVE_EVERY = 5.0
 """Seconds between two writes of the file while measurements come in."""
 
@@ -62,7 +62,6 @@ class Store:
         try:
             document: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
             found = document["format"], document["version"]
-            document.setdefault("comparison", [])  # derived: files from before it had none
             known = found == (FORMAT, VERSION) and set(self._fresh()) <= set(document)
         except (OSError, ValueError, KeyError, TypeError) as error:
             remedy = f"evaluate.json in it cannot be read ({error!r}); give another folder."
@@ -122,6 +121,7 @@ def catalogue(methods: Sequence[Method]) -> list[dict[str, Any]]:
             "solver": method.solver,
             "num_steps": method.num_steps,
             "ours": method.ours,
+            "budget": method.budget,
         }
         for method in methods
     ]
@@ -156,6 +156,7 @@ def _row(
         "ours": entry["ours"],
         "guidance_scale": scale,
         "num_steps": entry["num_steps"],
+        "budget": entry["budget"],
         "nfe": mean("nfe"),
         "seconds": statistics.median(one["seconds"] for one in several),
         "c2": c2,
