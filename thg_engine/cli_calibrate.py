@@ -26,7 +26,7 @@ them; one file serves every number of steps and budget. Costs 4 evaluations per 
 prompts are measured in two halves, and how well their grids agree is printed.
 
 With --plans: fits whole plans, solver and guidance, to the model's converged solution, for a range
-of budgets, and measures them on a third of the prompts that is held out. Costs some 2,000
+of budgets, and measures them on a third of the prompts that is held out. Costs some 3,700
 evaluations per prompt and scale with all budgets. Runs on several processes under
 `accelerate launch -m thg_engine.cli`.
 """
