@@ -16,6 +16,7 @@ from thg_engine import CFG, THG, Engine, FittedReuse
 from thg_engine.demo.pipeline_loader import load_pipeline
 from thg_engine.errors import CalibrationError, InvalidArgument
 from thg_engine.fitting import ridge
+from thg_engine.fitting.reference import Batch
 from thg_engine.fitting.reuse import ScaleWeights, fit_steps, fit_weights, follow
 from thg_engine.integrations.diffusers.guider_config import decode, encode
 from thg_engine.lowering import plan_from_solver, plan_from_timesteps
@@ -37,7 +38,7 @@ def toy(slope: float):
 
 def batch(seed: int, size: int = 12):
     x = torch.randn(size, 16, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return x, torch.full((size,), 0.3).double(), torch.zeros(size).double()
+    return Batch(x, torch.full((size,), 0.3).double(), torch.zeros(size).double())
 
 
 def toy_plan(guidance=None, solver: str = "ddim", steps: int = 8):
@@ -51,7 +52,7 @@ def test_weights_are_those_of_numpy_s_least_squares(monkeypatch) -> None:
     engine, plan, given = toy(0.7), toy_plan(), batch(0, 24)
     full = follow(engine, plan, given)
     fitted = fit_weights(engine, plan, [full], deltas=2, cond_changes=1)
-    x, cond, uncond = given
+    x, cond, uncond, _ = given
     reference = x
     conds, deltas, refused = [], [], 0
     for i, row in enumerate(plan.rows):

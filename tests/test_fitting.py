@@ -15,7 +15,7 @@ from thg_engine import CFG, THG, Engine
 from thg_engine.errors import InvalidArgument
 from thg_engine.fitting import ridge
 from thg_engine.fitting.front import PlanEntry, base_plan
-from thg_engine.fitting.reference import Nodes, converge, make_nodes
+from thg_engine.fitting.reference import Batch, Nodes, converge, make_nodes
 from thg_engine.fitting.registers import Registers
 from thg_engine.fitting.ridge import Products, cross_validated
 from thg_engine.fitting.rows import Correction, corrected, errors, fit_rows
@@ -73,7 +73,7 @@ class Gaussian:
 def batch_of(seed: int, size: int = 4, dim: int = WIDTH):
     generator = torch.Generator().manual_seed(seed)
     draw = [torch.randn(size, dim, generator=generator, dtype=torch.float64) for _ in range(3)]
-    return draw[0], 0.8 * draw[1], 0.3 * draw[2]
+    return Batch(draw[0], 0.8 * draw[1], 0.3 * draw[2])
 
 
 class Plain:
@@ -130,7 +130,7 @@ def random_plan() -> SamplingPlan:
 
 def test_registers_are_the_row_formula() -> None:
     """All columns at once, against numpy and against the engine's own rows, in float64."""
-    plan, (x, cond, uncond) = random_plan(), batch_of(0)
+    plan, (x, cond, uncond, _) = random_plan(), batch_of(0)
     model = Gaussian(schedule_of("vp"), "epsilon")
     plain, registers = Plain(x.numpy()), Registers([x])
     for row in plan.rows:
@@ -201,13 +201,26 @@ def test_noise_is_refused_and_what_is_exact_is_found() -> None:
     assert one.weights == (0.0, 0.0, 0.0), "one sample cannot be left out"
 
 
+def test_samples_of_one_prompt_are_left_out_together() -> None:
+    """A feature for each prompt: of the weight of one left out, only its other sample knows."""
+    features = [*torch.eye(3, dtype=torch.float64).repeat(2, 1).T[:, :, None]]
+    target = torch.tensor([3.0, -1.0, 2.0] * 2, dtype=torch.float64)[:, None]
+    alone, shared = (Products.of(features, target, prompts) for prompts in ((), (7, 2, 9) * 2))
+    assert alone.folds().tolist() == [5, 4, 3, 2, 1, 0]
+    assert shared.folds().tolist() == [1, 0, 2] * 2
+    np.testing.assert_allclose(cross_validated(alone).weights, (3.0, -1.0, 2.0), rtol=1e-6)
+    assert cross_validated(shared).weights == (0.0,) * 3
+    one = Products.of(features, target, (5,) * 6)
+    assert cross_validated(one).weights == (0.0,) * 3, "one prompt cannot be left out"
+
+
 def test_products_of_two_processes_are_those_of_one() -> None:
     given, y = features()
     whole = products_of(given, y)
     parts = [products_of(given[:3], y[:3]), products_of(given[3:], y[3:])]
     packed = torch.cat([part.packed() for part in parts])
     again = Products.unpacked(packed, 3)
-    for name in ("gram", "moment", "energy"):
+    for name in ("gram", "moment", "energy", "prompts"):
         assert torch.equal(getattr(again, name), getattr(Products.joined(parts), name))
     assert cross_validated(again).weights == pytest.approx(cross_validated(whole).weights)
 
@@ -223,7 +236,7 @@ def test_converged_runs_end_at_the_solution_of_the_ode(prediction_type) -> None:
     model, batch = Gaussian(schedule, prediction_type), batch_of(1, 2, 3)
     nodes = make_nodes(schedule, 60, 4)
     found = converge(model.engine(), schedule, nodes, batch, W, prediction_type)
-    x, cond, uncond = batch
+    x, cond, uncond, _ = batch
 
     def velocity(t, flat):
         """dx/dt = alpha' x_0 + sigma' eps with the guided prediction."""
@@ -307,7 +320,7 @@ def test_fitted_rows_are_nearer_to_the_converged_run(fixture, both) -> None:
     fitted = errors(fixture.engine, plan, fixture.held_out)
     assert fitted.mean() < 0.5 * plain.mean()
     run = fixture.held_out[0]
-    end = fixture.engine.sample(*run.batch, plan)
+    end = fixture.engine.sample(*run.batch[:3], plan)
     expected = (end - run.final).norm(dim=1) / run.final.norm(dim=1)
     torch.testing.assert_close(fitted[: len(end)], expected, rtol=1e-9, atol=0)
     assert all(row.gain <= 1.0 for row in found)
@@ -317,8 +330,8 @@ def test_one_batch_or_two_or_two_processes(fixture) -> None:
     """The same numbers however the samples are split."""
     base, nodes = fixture.base(Grid(NODES, (0, 8, 16))), [*NODES, fixture.nodes.last]
     split = fit_rows(fixture.engine, base, nodes, fixture.fit)
-    joined = [torch.cat(parts) for parts in zip(*(t.batch for t in fixture.fit), strict=True)]
-    whole = fit_rows(fixture.engine, base, nodes, [fixture.converged(tuple(joined))])
+    joined = [torch.cat(parts) for parts in zip(*(t.batch[:3] for t in fixture.fit), strict=True)]
+    whole = fit_rows(fixture.engine, base, nodes, [fixture.converged(Batch(*joined))])
     # A process that holds the second batch alone, and is given what the first one has sent.
     sent: list[torch.Tensor] = []
 
@@ -334,7 +347,7 @@ def test_one_batch_or_two_or_two_processes(fixture) -> None:
     # A penalty may change with the last digit where two predict alike, not the run.
     for other in (whole, second):
         pair = [corrected(base, found) for found in (split, other)]
-        ends = [fixture.engine.sample(*fixture.held_out[0].batch, plan) for plan in pair]
+        ends = [fixture.engine.sample(*fixture.held_out[0].batch[:3], plan) for plan in pair]
         torch.testing.assert_close(*ends, rtol=1e-5, atol=1e-5)
 
 
@@ -370,9 +383,8 @@ def test_no_correction_is_the_base() -> None:
     base = fixture.base(Grid((0, 8, 16), (0, 8)))
     assert corrected(base, [Correction()] * 3) == base
     zero = Correction((0.0,), (0.0,), (0.0,))
-    end = [
-        fixture.engine.sample(*batch_of(3), plan) for plan in (base, corrected(base, [zero] * 3))
-    ]
+    given = batch_of(3)[:3]
+    end = [fixture.engine.sample(*given, plan) for plan in (base, corrected(base, [zero] * 3))]
     assert torch.equal(*end)
     with pytest.raises(ValueError, match="shorter"):
         corrected(base, [zero] * 2)

@@ -311,7 +311,7 @@ def test_kept_grids_and_spreads(few_nodes) -> None:
     ]
     errors = (0.3, 0.2, 0.25, 0.9)
     measured = {g: ScaleFit(W, e, 0, 1) for g, e in zip(grids, errors, strict=True)}
-    assert undominated(measured) == tuple(grids[1:])
+    assert undominated(measured, grids) == tuple(grids[1:])
     task = task_of(Gaussian(VP, "epsilon"), Store())
     found = spread(task, 5, 0.35, 0.02)
     assert found.nodes[0] == 0 and found.both == found.nodes and len(found.nodes) == 5

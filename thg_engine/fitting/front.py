@@ -50,6 +50,11 @@ class ScaleFit:
     base_error: float
     corrections: tuple[Correction, ...] = ()
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether neither the fitted nor the base rows overflowed."""
+        return math.isfinite(self.error) and math.isfinite(self.base_error)
+
 
 @dataclass(frozen=True)
 class PlanEntry:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,8 +32,21 @@ LAMBDA_LIMITS = (-3.5, 6.0)
 """Half log-SNR beyond which a node counts as lying at an end; sigma_t is 0.0025 at the second.
 Runs of noise models end before, those of flows at zero noise."""
 
-Batch = tuple[Tensor, Conditioning, Conditioning]
-"""(x_T, cond, uncond) of some prompts, batch first."""
+
+class Batch(NamedTuple):
+    """Samples that are evaluated together, batch first.
+
+    Attributes:
+        noise: x_T.
+        cond, uncond: conditioning of both branches.
+        prompts: index of each sample's prompt: samples of one prompt are left out together when
+            fits are validated. (): every sample has a prompt of its own.
+    """
+
+    noise: Tensor
+    cond: Conditioning
+    uncond: Conditioning
+    prompts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,12 +155,11 @@ def converge(
     """Integrate full guidance along ``nodes``; two evaluations per step and sample."""
     points, kept = _fine(schedule, nodes)
     table = solver_table(get_solver("dpmpp2m"), points, prediction_type)
-    x_T, cond, uncond = batch
-    x = x_T.to(engine.register_dtype)
+    x = batch.noise.to(engine.register_dtype)
     registers = Registers([x])
     samples, conds, deltas = [x], [], []
     for i, row in enumerate(table.rows):
-        c, u = evaluate_both(engine, x, row.timestep, cond, uncond)
+        c, u = evaluate_both(engine, x, row.timestep, batch.cond, batch.uncond)
         guided = c + (guidance_scale - 1) * (c - u)
         if i in kept:
             conds.append(c)

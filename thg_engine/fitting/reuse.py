@@ -209,12 +209,11 @@ def full_guidance(plan: SamplingPlan) -> SamplingPlan:
 @torch.no_grad()
 def follow(engine: Engine, plan: SamplingPlan, batch: Batch) -> Trajectory:
     """The run of full guidance with the solver of ``plan``, at its rows and the end."""
-    x_T, cond, uncond = batch
-    registers = Registers([plan.initial_scale * x_T.to(engine.register_dtype)])
+    registers = Registers([plan.initial_scale * batch.noise.to(engine.register_dtype)])
     samples, conds, deltas = [registers.samples[0].cpu()], [], []
     for row in full_guidance(plan).rows:
         x = registers.samples[0] * row.input_scale
-        registers.observe(row, *evaluate_both(engine, x, row.timestep, cond, uncond))
+        registers.observe(row, *evaluate_both(engine, x, row.timestep, batch.cond, batch.uncond))
         conds.append(registers.conds[0].cpu())
         deltas.append(registers.deltas[0].cpu())
         registers.push(registers.following(row), DEPTH)
@@ -322,7 +321,7 @@ class _Run:
 
     @classmethod
     def of(cls, trajectory: Trajectory) -> _Run:
-        x = trajectory.samples[0].to(trajectory.batch[0].device)
+        x = trajectory.samples[0].to(trajectory.batch.noise.device)
         return cls(trajectory, Registers([x]), x)
 
     def products(
@@ -331,14 +330,15 @@ class _Run:
         """Of what the weights of row ``i`` multiply and of what they are to make good."""
         held = self.registers
         x = held.samples[0] * row.input_scale
-        self.cond = evaluate(engine, x, row.timestep, self.trajectory.batch[1])
+        self.cond = evaluate(engine, x, row.timestep, self.trajectory.batch.cond)
         features = held.deltas[:deltas]
         features += [self.cond - past for past in held.conds[:cond_changes]]
         columns = (held.samples, held.conds, held.deltas, held.guided, held.states)
         base = Registers(*(list(values) for values in columns))
         base.observe(row, self.cond, None)
         target = self.trajectory.samples[i + 1].to(x.device)
-        return Products.of(features, (target - base.following(row)) / _effect(row))
+        missed = (target - base.following(row)) / _effect(row)
+        return Products.of(features, missed, self.trajectory.batch.prompts)
 
 
 def fit_steps(

@@ -1,4 +1,4 @@
-r"""Ridge regression on a few features of huge vectors, with cross-validation over samples.
+r"""Ridge regression on a few features of huge vectors, with cross-validation over prompts.
 
     min_b  sum_n |y_n - F_n b|^2 + mu sum_k (s_k b_k)^2,     s_k^2 = sum_n |F_n,k|^2
 
@@ -8,6 +8,7 @@ leaving samples out is a difference of sums.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,19 +26,22 @@ class Products:
         gram: F^T F, shape ``(B, k, k)``.
         moment: F^T y, shape ``(B, k)``.
         energy: y^T y, shape ``(B,)``.
+        prompts: index of each sample's prompt, shape ``(B,)``; -1: one of its own.
     """
 
     gram: Tensor
     moment: Tensor
     energy: Tensor
+    prompts: Tensor
 
     @classmethod
-    def of(cls, features: list[Tensor], target: Tensor) -> Products:
-        """Of features and target, each ``(B, ...)``."""
+    def of(cls, features: list[Tensor], target: Tensor, prompts: Sequence[int] = ()) -> Products:
+        """Of features and target, each ``(B, ...)``; ``prompts`` as in `Batch`."""
         wide = torch.stack([f.flatten(1).double() for f in features], dim=1)
         y = target.flatten(1).double()
         moment = torch.einsum("bkn,bn->bk", wide, y)
-        return cls(wide @ wide.transpose(1, 2), moment, (y * y).sum(1))
+        owners = torch.tensor(prompts or [-1] * len(y), dtype=y.dtype, device=y.device)
+        return cls(wide @ wide.transpose(1, 2), moment, (y * y).sum(1), owners)
 
     @classmethod
     def joined(cls, parts: list[Products]) -> Products:
@@ -46,17 +50,26 @@ class Products:
             torch.cat([part.gram for part in parts]),
             torch.cat([part.moment for part in parts]),
             torch.cat([part.energy for part in parts]),
+            torch.cat([part.prompts for part in parts]),
         )
 
     def packed(self) -> Tensor:
-        """All in one tensor ``(B, k * k + k + 1)``, for exchange between processes."""
-        return torch.cat([self.gram.flatten(1), self.moment, self.energy[:, None]], dim=1)
+        """All in one tensor ``(B, k * k + k + 2)``, for exchange between processes."""
+        last = torch.stack([self.energy, self.prompts], dim=1)
+        return torch.cat([self.gram.flatten(1), self.moment, last], dim=1)
 
     @classmethod
     def unpacked(cls, packed: Tensor, k: int) -> Products:
         """From `packed`."""
-        gram, moment, energy = torch.split(packed, [k * k, k, 1], dim=1)
-        return cls(gram.reshape(-1, k, k), moment, energy[:, 0])
+        gram, moment, last = torch.split(packed, [k * k, k, 2], dim=1)
+        return cls(gram.reshape(-1, k, k), moment, last[:, 0], last[:, 1])
+
+    def folds(self) -> Tensor:
+        """The fold of each sample, at most `MAX_FOLDS`; a prompt's samples are in one."""
+        own = -1.0 - torch.arange(len(self.prompts), device=self.prompts.device)
+        owners = torch.where(self.prompts < 0, own, self.prompts)
+        index: Tensor = torch.unique(owners, return_inverse=True)[1]
+        return index % MAX_FOLDS
 
 
 @dataclass(frozen=True)
@@ -75,16 +88,16 @@ class Fit:
 
 
 def cross_validated(products: Products) -> Fit:
-    """The ridge fit with the penalty that predicts samples left out best."""
-    samples, k = products.moment.shape
+    """The ridge fit with the penalty that predicts prompts left out best."""
+    k = products.moment.shape[1]
     refused = Fit((0.0,) * k, float("inf"), 1.0)
     total = products.energy.sum()
     scale = products.gram.sum(0).diagonal().sqrt()
-    if samples < 2 or not float(total) > 0.0:
+    folds = products.folds()
+    if not folds.any() or not float(total) > 0.0:
         return refused
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     gram, moment = products.gram / scale[:, None] / scale, products.moment / scale
-    folds = torch.arange(samples) % min(MAX_FOLDS, samples)
     errors = [_left_out(gram, moment, products.energy, folds, mu) for mu in PENALTIES]
     best = min(range(len(errors)), key=errors.__getitem__)
     gain = errors[best] / float(total)

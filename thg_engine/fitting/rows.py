@@ -87,7 +87,7 @@ def fit_rows(
         gather: brings rows of other processes.
         on_row: called after each row.
     """
-    runs = [Registers([t.samples[0].to(t.batch[0].device)]) for t in trajectories]
+    runs = [Registers([t.samples[0].to(t.batch.noise.device)]) for t in trajectories]
     found = []
     for i, row in enumerate(plan.rows):
         parts, bases, features = [], [], []
@@ -97,7 +97,7 @@ def fit_rows(
             target = trajectory.samples[nodes[i + 1]].to(base.device)
             features.append(_features(registers))
             bases.append(base)
-            parts.append(Products.of(features[-1], target - base))
+            parts.append(Products.of(features[-1], target - base, trajectory.batch.prompts))
         packed = gather(Products.joined(parts).packed()).cpu()
         fit = cross_validated(Products.unpacked(packed, len(features[0])))
         for registers, base, given in zip(runs, bases, features, strict=True):
@@ -111,12 +111,11 @@ def fit_rows(
 
 def observe(engine: Engine, registers: Registers, row: Row, batch: Batch) -> None:
     """Evaluate the denoiser as ``row`` says, and take its outputs in."""
-    _, cond, uncond = batch
     x = registers.samples[0] * row.input_scale
     if row.evaluates_both:
-        registers.observe(row, *evaluate_both(engine, x, row.timestep, cond, uncond))
+        registers.observe(row, *evaluate_both(engine, x, row.timestep, batch.cond, batch.uncond))
     else:
-        registers.observe(row, evaluate(engine, x, row.timestep, cond), None)
+        registers.observe(row, evaluate(engine, x, row.timestep, batch.cond), None)
 
 
 def evaluate(engine: Engine, x: Tensor, timestep: float, cond: Conditioning) -> Tensor:
@@ -148,7 +147,7 @@ def errors(
     """Relative error |x_0 - x*_0| / |x*_0| of every sample, shape ``(B,)``, float64."""
     found = []
     for trajectory in trajectories:
-        device = trajectory.batch[0].device
+        device = trajectory.batch.noise.device
         registers = Registers([plan.initial_scale * trajectory.samples[0].to(device)])
         for row in plan.rows:
             observe(engine, registers, row, trajectory.batch)

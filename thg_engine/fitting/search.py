@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..engine import Engine
-from ..errors import InvalidArgument
+from ..errors import CalibrationError, InvalidArgument
 from ..guidance import CFG
 from ..lowering import plan_from_table
 from ..plan import SamplingPlan
@@ -102,8 +102,12 @@ def search(task: Task, stock: Mapping[tuple[str, int], StockPlan]) -> Found:
             for grid in grids:
                 measured[scale][grid] = fitted(task, grid, runs[scale])
                 bar.update()
+    # Base rows run beyond the scales, so that a grid on which they overflow makes no plan.
+    stable = [grid for grid in grids if all(fits[grid].is_finite for fits in measured.values())]
+    if not stable:
+        raise CalibrationError("on every grid some run overflowed: no plan was made.")
     # What is best at one scale need not be at another: a front holds both, and serves each w.
-    kept = dict.fromkeys(grid for fits in measured.values() for grid in undominated(fits))
+    kept = dict.fromkeys(grid for fits in measured.values() for grid in undominated(fits, stable))
     entries = [
         entry_of(task, grid, tuple(fits[grid] for fits in measured.values())) for grid in kept
     ]
@@ -211,7 +215,7 @@ def _growth(task: Task, run: Trajectory, node: int) -> float:
     points = [task.nodes.points[j] for j in indices]
     table = solver_table(get_solver("dpmpp2m"), points, task.prediction_type)
     plan = plan_from_table(table, CFG(), task.guidance_scales[0])
-    device = run.batch[0].device
+    device = run.batch.noise.device
     base = run.samples[node].to(device)
     direction = (run.conds[node] - run.conds[max(0, node - 3)]).to(device)
     size = PROBE_SIZE * base.norm() / direction.norm().clamp_min(1e-12)
@@ -249,7 +253,7 @@ def fitted(task: Task, grid: Grid, runs: Converged) -> ScaleFit:
     corrections = fit_rows(task.engine, base, nodes, runs.fit, task.gather)
     plain = errors(task.engine, base, runs.held_out, task.gather)
     better = errors(task.engine, corrected(base, corrections), runs.held_out, task.gather)
-    if not float(better.mean()) < float(plain.mean()):
+    if float(better.mean()) >= float(plain.mean()) or not math.isfinite(float(better.mean())):
         better, corrections = plain, ()
     fit = ScaleFit(
         scale, float(better.mean()), half_width(better), float(plain.mean()), corrections
@@ -271,15 +275,15 @@ def half_width(values: Tensor) -> float:
     return float(1.96 * values.std() / math.sqrt(len(values)))
 
 
-def undominated(measured: Mapping[Grid, ScaleFit]) -> tuple[Grid, ...]:
-    """Grids that no other beats in rows, rows with both branches, and error at once."""
+def undominated(measured: Mapping[Grid, ScaleFit], grids: Sequence[Grid]) -> tuple[Grid, ...]:
+    """Those of ``grids`` that no other beats in rows, in rows with both branches, and in error."""
 
     def beats(one: Grid, other: Grid) -> bool:
         a = (len(one.nodes), len(one.both), measured[one].error)
         b = (len(other.nodes), len(other.both), measured[other].error)
         return a != b and all(x <= y for x, y in zip(a, b, strict=True))
 
-    return tuple(grid for grid in measured if not any(beats(each, grid) for each in measured))
+    return tuple(grid for grid in grids if not any(beats(each, grid) for each in grids))
 
 
 def _stock(

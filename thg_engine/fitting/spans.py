@@ -12,6 +12,7 @@ where a row costs one evaluation, or c2 where it evaluates both branches (then a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -25,8 +26,9 @@ Float64s = NDArray[np.float64]
 
 RIDGE = 1e-8
 """Relative to each feature's size; far below the errors that matter."""
-UNIT = 10
-"""Costs are counted in tenths of an evaluation."""
+UNITS = range(10, 21)
+"""Costs are counted in tenths to twentieths of an evaluation, in whichever c2 is rounded up least:
+rounded down, grids would exceed their budget."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,13 @@ class SpanErrors:
             budget: in evaluations of the conditional branch alone.
             c2: what a row with both branches costs.
         """
-        return _Search(self, round(budget * UNIT), round(c2 * UNIT)).grid()
+        unit = min(UNITS, key=lambda each: _ceil(c2 * each) / each)
+        return _Search(self, unit, -_ceil(-budget * unit), _ceil(c2 * unit)).grid()
+
+
+def _ceil(value: float) -> int:
+    """The next whole number, with room for rounding in ``value``."""
+    return math.ceil(value - 1e-6)
 
 
 @dataclass
@@ -141,6 +149,7 @@ class _Search:
     """Dynamic programming over (cost so far, node, node of the newest delta)."""
 
     spans: SpanErrors
+    unit: int
     budget: int
     both_cost: int
 
@@ -179,7 +188,7 @@ class _Search:
         if ends[j, a] < value[spent, last, a]:
             value[spent, last, a], came[spent, last, a] = ends[j, a], (j, a)
         inner = total[:, :, :last]
-        after = spent + UNIT
+        after = spent + self.unit
         if after <= self.budget:  # the conditional branch alone at t: the delta stays that of a
             best, found = inner.min(axis=0).T, inner.argmin(axis=0).T  # (t, a)
             better = best < value[after, :last]
@@ -207,7 +216,7 @@ class _Search:
                 nodes.append(at)
                 is_both = a == at
                 both += [at] if is_both else []
-                spent -= self.both_cost if is_both else UNIT
+                spent -= self.both_cost if is_both else self.unit
             at, a = before, older
         return Grid((0, *nodes[::-1]), (0, *both[::-1]))
 

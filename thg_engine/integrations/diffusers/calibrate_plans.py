@@ -140,7 +140,7 @@ class _Job:
         made = [*map(str, (self.predicts, schedule_digest(self.schedule), self.negative_prompt))]
         made += [str(dict(self.call)), str(self.noises), task.solver]
         made += [str([round(p.timestep, 6) for p in task.nodes.points]), str(task.nodes.substeps)]
-        made += [str(task.end), str((WINDOW, PENALTIES, MAX_FOLDS))]
+        made += [str(task.end), str((WINDOW, PENALTIES, MAX_FOLDS, "by prompt"))]
         return [*made, fingerprint(self.captured.module), _weights_digest(self.pipe)]
 
     def _task(

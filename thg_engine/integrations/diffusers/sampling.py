@@ -69,7 +69,7 @@ def batches_of(
         # A seed for each sample: results do not depend on how the prompts are batched.
         seeds = [noises.seed * 1_000_003 + i * noises.samples + k for i, k in chunk]
         x = torch.cat([noise(shape, 1, each, captured.module) for each in seeds])
-        found.append((x, cond, uncond))
+        found.append(Batch(x, cond, uncond, tuple(i for i, _ in chunk)))
     return found
 
 
