@@ -234,6 +234,9 @@ def test_rescaled_guidance_runs_base_rows() -> None:
         close(found, by_hand(plan, x, network))
     report = pipe.thg.report()
     assert "changes the guided output" in report and pipe.thg.plan == plan
+    fit = entry_for(DENSE)
+    assert f"error {100 * fit.error_at(5.0, fitted=False):.2f} %" in report, "of what ran"
+    assert f"error {100 * fit.error_at(5.0):.2f} %" not in report
     held = compiled(SPARSE)
     assert torch.isfinite(call(held, guidance_rescale=0.7)).all()
     assert held.thg.stats()["last_nfe"] == entry_for(SPARSE).nfe
@@ -277,10 +280,16 @@ def test_guidance_changed_in_the_middle_of_a_run_goes_on_with_base_rows() -> Non
 def test_scales_that_were_not_calibrated_run_base_rows() -> None:
     for scale in (2.0, 9.0):
         pipe = compiled(SPARSE)
-        close(
-            call(pipe, guidance_scale=scale), sd_by_hand(base(SPARSE, scale), guidance_scale=scale)
-        )
-        assert f"w = {scale:g} was not calibrated" in pipe.thg.report()
+        with pytest.warns(UserWarning, match=f"w = {scale:g} lies outside the calibrated"):
+            found = call(pipe, guidance_scale=scale)
+        close(found, sd_by_hand(base(SPARSE, scale), guidance_scale=scale))
+        nearest = min(front().guidance_scales, key=lambda w: abs(w - scale))
+        report = pipe.thg.report()
+        assert f"w = {scale:g} was not calibrated" in report
+        assert f"errors are those of w = {nearest:g}" in report
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            call(pipe, guidance_scale=scale)  # said once
 
 
 def test_guidance_off() -> None:
@@ -541,6 +550,9 @@ def test_drift_where_nothing_can_be_measured() -> None:
     pipe = thg_engine.compile(build(ZOO["wan"]), thg_engine.THG(grid=2), drift=1)
     zoo_call(ZOO["wan"], pipe)
     assert "drift: not measured where each branch has a call of its own" in pipe.thg.report()
+    pipe = compiled(DENSE, drift=1)
+    call(pipe)
+    assert "drift: no row reuses a delta" in pipe.thg.report()
     with pytest.raises(InvalidArgument, match=r"^drift="):
         thg_engine.compile(build(ZOO["sdxl_modular"]), drift=1)
 

@@ -97,6 +97,10 @@ DAMAGE = {
     "nan": (lambda d: d["plans"][0]["fits"][0].update(error=math.nan), "errors"),
     "zero": (lambda d: d["plans"][0]["fits"][0].update(base_error=0), "errors"),
     "text": (lambda d: d["plans"][0]["fits"][0].update(error="0.1"), "damaged"),
+    "letters": (lambda d: d["plans"][0].update(timesteps=["b", "a"]), "damaged"),
+    "weights": (lambda d: d["plans"][0]["fits"][0]["corrections"][0][0].append("x"), "damaged"),
+    "family": (lambda d: d.update(scheduler_family="vp"), "scheduler_family"),
+    "fewer": (lambda d: d["plans"][1]["fits"].pop(), "same guidance scales"),
 }
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .cli_checks import processes, writable
+from .cli_checks import processes, writable_file
 from .errors import InvalidArgument, ThgError
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
         metavar="W",
         help="w (7.5); with --plans also several, and rows are interpolated between them",
     )
-    calibrate.add_argument("--steps", type=int, default=50, help="fine steps of the curves (50)")
+    calibrate.add_argument("--steps", type=int, help="fine steps of the curves (50)")
     calibrate.add_argument(
         "--solver", help="ddim, dpm2, dpmpp2m, lms2, flow_euler (curves: ddim; plans: dpmpp2m)"
     )
@@ -64,7 +64,7 @@ def add_parser(commands: Any) -> None:
     calibrate.add_argument(
         "--budgets", type=int, nargs="+", metavar="NFE", help="--plans: evaluations per image"
     )
-    calibrate.add_argument("--samples", type=int, default=1, help="--plans: noises per prompt (1)")
+    calibrate.add_argument("--samples", type=int, help="--plans: noises per prompt (1)")
     calibrate.add_argument(
         "--work-dir", type=Path, metavar="DIR", help="--plans: to go on after an interruption"
     )
@@ -82,6 +82,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     from .integrations.diffusers import calibrate
 
     out = args.out or Path("plans.json" if args.plans else "calibration.json")
+    _refuse_flags_of_the_other(args)
     if args.plans:
         _calibrate_plans(args, out)
         return
@@ -91,7 +92,7 @@ def _calibrate(args: argparse.Namespace) -> None:
     if len(args.guidance_scale) > 1:
         remedy = "error curves are measured at one scale; --plans takes several."
         raise InvalidArgument("--guidance-scale", args.guidance_scale, remedy)
-    writable(out.parent)
+    writable_file(out)
     pipe = _load(args.model)
     halves = [prompts[0::2], prompts[1::2]]
     curves = [
@@ -100,7 +101,7 @@ def _calibrate(args: argparse.Namespace) -> None:
             half,
             negative_prompt=args.negative_prompt,
             guidance_scale=args.guidance_scale[0],
-            num_inference_steps=args.steps,
+            num_inference_steps=50 if args.steps is None else args.steps,
             solver=args.solver or "ddim",
             batch_size=args.batch_size,
             seed=args.seed + i,
@@ -115,13 +116,22 @@ def _calibrate(args: argparse.Namespace) -> None:
     console.print(f"wrote {out}; use it with thg_engine.compile(pipe, calibration={str(out)!r})")
 
 
+def _refuse_flags_of_the_other(args: argparse.Namespace) -> None:
+    """Flags that this kind of calibration would ignore."""
+    names = ("steps",) if args.plans else ("budgets", "samples", "work_dir", "max_sequence_length")
+    for name in names:
+        if getattr(args, name) is not None:
+            remedy = "it is of error curves, not of --plans." if args.plans else "it takes --plans."
+            raise InvalidArgument(f"--{name.replace('_', '-')}", getattr(args, name), remedy)
+
+
 def _calibrate_plans(args: argparse.Namespace, out: Path) -> None:
     """``thg-engine calibrate --plans``."""
     from .fitting.search import BUDGETS
     from .integrations.diffusers import calibrate_plans
 
     prompts = _read_prompts(args.prompts)
-    writable(out.parent)
+    writable_file(out)
     # Before a pipeline is loaded: it goes to this process's device.
     state = processes()
     pipe = _load(args.model)
@@ -135,7 +145,7 @@ def _calibrate_plans(args: argparse.Namespace, out: Path) -> None:
         negative_prompt=args.negative_prompt,
         solver=args.solver,
         batch_size=args.batch_size,
-        samples=args.samples,
+        samples=1 if args.samples is None else args.samples,
         seed=args.seed,
         model=args.model,
         work_dir=args.work_dir,

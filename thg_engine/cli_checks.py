@@ -24,6 +24,13 @@ def writable(folder: Path) -> None:
         raise InvalidArgument("--out", str(folder), "is not writable; give another folder.")
 
 
+def writable_file(path: Path) -> None:
+    """Refuse a file that cannot be written, and make its folder."""
+    writable(path.parent)
+    if path.is_dir():
+        raise InvalidArgument("--out", str(path), "is a folder; give the name of a file in it.")
+
+
 def processes() -> Any:
     """This process among those that a launcher started, an `accelerate.PartialState`.
 

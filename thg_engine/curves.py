@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from .documents import fields_of, read_document
+from .documents import fields_of, read_document, write_document
 from .errors import CalibrationError, InvalidArgument
 
 FORMAT = "thg-engine-calibration"
@@ -104,7 +104,7 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Write the calibration as JSON."""
         document = {"format": FORMAT, "version": VERSION, **asdict(self)}
-        Path(path).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        write_document(path, json.dumps(document, indent=1) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

@@ -43,7 +43,11 @@ PUBLISHED = ((50, 1.1, 38 / 50), (35, 1.7, 30 / 35), (20, 3.5, 17 / 20))
 BOOST = 1.1
 SHARE = 0.7
 """Of full guidance's evaluations: what the paper compares methods at."""
-MAIN_SOLVERS = {NOISE: ("ddim", "dpmpp2m"), FLOW: ("euler", "dpmpp2m")}
+MAIN_SOLVERS = {
+    NOISE: ("ddim", "dpmpp2m", "unipc", "deis"),
+    FLOW: ("euler", "dpmpp2m", "unipc", "deis"),
+}
+"""Run with many steps, too: those that other methods build on, and those that lead with 50."""
 
 Say = Callable[[str], None]
 

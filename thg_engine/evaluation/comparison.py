@@ -65,9 +65,7 @@ class Curve:
         return float(np.interp(math.log(cost), np.log(self.costs), self.levels, left=-math.inf))
 
     def cost_of(self, level: float) -> float:
-        """What ``level`` costs; inf outside the levels of its points."""
-        if level < self.levels[0]:
-            return math.inf
+        """What ``level`` costs: at most its cheapest point; inf above the levels of its points."""
         return float(np.exp(np.interp(level, self.levels, np.log(self.costs), right=math.inf)))
 
 

@@ -8,6 +8,7 @@ the two together.
 from __future__ import annotations
 
 import gzip
+import zlib
 from pathlib import Path
 
 import torch
@@ -25,10 +26,20 @@ JITTER = 0.05
 
 
 def check_data(folder: str) -> None:
-    """Refuse a folder without the two files."""
-    for name in (IMAGES, LABELS):
-        if folder and not (Path(folder) / name).is_file():
+    """Refuse a folder without the two files, or with others by their names."""
+    if not folder:
+        return
+    sizes = {}
+    for name, header in ((IMAGES, 16), (LABELS, 8)):
+        if not (Path(folder) / name).is_file():
             raise InvalidArgument("--data", folder, f"{name} is not in it.")
+        try:
+            sizes[name] = len(_read(Path(folder) / name, header))
+        except (OSError, EOFError, ValueError, zlib.error) as error:
+            raise InvalidArgument("--data", folder, f"{name} cannot be read ({error}).") from error
+    if not sizes[LABELS] or sizes[IMAGES] != 28 * 28 * sizes[LABELS]:
+        remedy = "its files are no images of 28 x 28 with as many labels."
+        raise InvalidArgument("--data", folder, remedy)
 
 
 def _read(path: Path, header: int) -> Tensor:

@@ -86,7 +86,7 @@ def _comparison_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
             "-" if lead is None else f"{lead:+.1f} dB",
             row["baseline"] or "none is as fast",
             "-" if share is None else f"{share:.2f} x",
-            row["equal"] or "none reaches it",
+            row["equal"] or "none measured does",
             style="bold" if lead is not None and _beyond(row) else "",
         )
     return table

@@ -22,7 +22,7 @@ class Settings:
         guidance_scales: w of the work-precision curves.
         quality_scales: w of the quality scores.
         solver_steps: N of full guidance under every solver.
-        main_steps: further N of the solvers that other methods build on.
+        main_steps: further N of the main solvers.
         reuse_steps: N of the methods that leave out evaluations.
         reuse_solvers: solvers under these methods.
         prompts: of the report, an image each per seed.

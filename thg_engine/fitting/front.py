@@ -103,13 +103,22 @@ class PlanEntry:
         """In evaluations of one branch, where a row with both costs ``c2``."""
         return self.num_steps + (c2 - 1.0) * len(self.coarse_rows)
 
-    def error_at(self, guidance_scale: float) -> float:
-        """Expected relative error, interpolated in w; that of the base rows beyond the fits."""
+    def nearest(self, guidance_scale: float) -> float:
+        """The calibrated scale next to w."""
+        scales = [fit.guidance_scale for fit in self.fits]
+        return min(scales, key=lambda scale: abs(scale - guidance_scale))
+
+    def error_at(self, guidance_scale: float, fitted: bool = True) -> float:
+        """Expected relative error, interpolated in w.
+
+        Beyond the fits it is that of the base rows at the nearest scale: the error of another
+        scale, since none was measured there. ``fitted=False``: of the base rows everywhere.
+        """
         low, high, share = self._between(guidance_scale)
         if not self.covers(guidance_scale):
             return low.base_error
         pairs = (low.error, high.error)
-        if not (low.corrections and high.corrections):
+        if not (fitted and low.corrections and high.corrections):
             # Between scales of which one was not fitted the base rows run.
             pairs = (low.base_error, high.base_error)
         return math.exp((1 - share) * math.log(pairs[0]) + share * math.log(pairs[1]))
@@ -235,8 +244,19 @@ class PlanFront:
             raise InvalidArgument("plans", len(self.plans), "give fitted plans, at least one.")
         if len(self.seconds) != 2 or not all(0 < s < math.inf for s in self.seconds):
             raise InvalidArgument("seconds", self.seconds, "give two positive times.")
+        if any(self._scales(entry) != self._scales(self.plans[0]) for entry in self.plans):
+            raise InvalidArgument("plans", "", "fit all plans at the same guidance scales.")
+        if not all(fit.is_finite for entry in self.plans for fit in entry.fits):
+            raise InvalidArgument("plans", "", "errors of plans are finite numbers.")
+        if self.scheduler_family.count("/") != 1:
+            remedy = "it is a kind and a prediction type, e.g. 'vp/epsilon'."
+            raise InvalidArgument("scheduler_family", self.scheduler_family, remedy)
         ordered = sorted(self.plans, key=lambda entry: (entry.nfe, entry.num_steps))
         object.__setattr__(self, "plans", tuple(ordered))
+
+    @staticmethod
+    def _scales(entry: PlanEntry) -> tuple[float, ...]:
+        return tuple(fit.guidance_scale for fit in entry.fits)
 
     @property
     def c2(self) -> float:
@@ -251,7 +271,7 @@ class PlanFront:
     @property
     def guidance_scales(self) -> tuple[float, ...]:
         """Scales that rows were fitted at, growing."""
-        return tuple(fit.guidance_scale for fit in self.plans[0].fits)
+        return self._scales(self.plans[0])
 
     def pareto(self, guidance_scale: float, c2: float) -> tuple[PlanEntry, ...]:
         """Plans that no other beats in both cost and expected error, by cost."""
@@ -319,11 +339,14 @@ def _entry(document: dict[str, Any]) -> PlanEntry:
     """
     fits = []
     for each in document["fits"]:
-        rows = [Correction(tuple(x), tuple(c), tuple(d), g) for x, c, d, g in each["corrections"]]
+        rows = [
+            Correction(_numbers(x), _numbers(c), _numbers(d), float(gain))
+            for x, c, d, gain in each["corrections"]
+        ]
         if rows and len(rows) != len(document["timesteps"]):
             raise ValueError("a plan needs one correction per timestep")
         fits.append(ScaleFit(**{**each, "corrections": tuple(rows)}))
-    timesteps, coarse = tuple(document["timesteps"]), tuple(document["coarse_rows"])
+    timesteps, coarse = _numbers(document["timesteps"]), tuple(document["coarse_rows"])
     get_solver(document["solver"])
     if not timesteps or any(not b < a for a, b in pairwise(timesteps)):
         raise ValueError("the timesteps of a plan fall")
@@ -336,6 +359,10 @@ def _entry(document: dict[str, Any]) -> PlanEntry:
     alpha_t, sigma_t = document["end"]
     Point(0.0, alpha_t, sigma_t)
     return PlanEntry(document["solver"], timesteps, coarse, tuple(fits), (alpha_t, sigma_t))
+
+
+def _numbers(values: Iterable[Any]) -> tuple[float, ...]:
+    return tuple(map(float, values))
 
 
 def _tuples(document: dict[str, Any]) -> dict[str, Any]:

@@ -87,12 +87,12 @@ def show(request: Any, results: Sequence[Any]) -> None:
     from rich.console import Console
 
     from ..doctor import machine_line
-    from .report import notes, result_table, save_results
+    from .report import RESULTS, notes, result_table, save_results
     from .running import header
 
     job = request.job
     about = header(request)
-    path = job.out / "results.json"
+    path = job.out / RESULTS
     save_results(path, about, results)
     console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(result_table(job.table.title, results, request.metrics))

@@ -27,6 +27,8 @@ from .tables import Row, Table
 
 FORMAT, VERSION = "thg-engine reproduction", 1
 DEMO = "demo"
+MAX_SEED = 2**62
+"""Sample i has seed + i, and torch takes 63 bits."""
 REFERENCE_SEED = 1_000_000
 """Distance of the seeds of a generated reference set from those of the rows."""
 
@@ -107,6 +109,8 @@ def check_manifest(job: Job) -> dict[str, Any]:
     except ValueError:
         found = {}
     remedy = "give the same settings, or another folder."
+    if not isinstance(found, dict):
+        found = {}
     for key, value in wanted.items():
         there = found.get(key)
         if key == "prompts":

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import InvalidArgument
 from .metrics import METRICS
 from .samples import write_json
 from .tables import Row, tables
@@ -15,6 +16,7 @@ from .tables import Row, tables
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
+RESULTS = "results.json"
 DIGITS = {"cmmd": 5, "image-reward": 5, "clap": 4, "psnr": 2}
 
 
@@ -87,16 +89,35 @@ def notes(results: Sequence[Result]) -> list[str]:
     return lines + [f"{r.row.name}: {r.row.note}" for r in results if r.row.note]
 
 
+def read_results(path: Path) -> dict[str, Any]:
+    """What ``results.json`` holds; nothing where it is not there.
+
+    Raises:
+        InvalidArgument: another file by that name, which scores cannot be added to.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        known = all({"row", "samples", "measured"} <= set(entry) for entry in found["rows"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        remedy = f"{path.name} in it cannot be read ({error!r}); give another folder."
+        raise InvalidArgument("--out", str(path.parent), remedy) from error
+    if not known:
+        remedy = f"{path.name} in it is of another format; give another folder."
+        raise InvalidArgument("--out", str(path.parent), remedy)
+    return found
+
+
 def save_results(path: Path, header: Mapping[str, Any], results: Sequence[Result]) -> None:
     """Write ``results.json``; scores of earlier runs of the same samples and reference stay.
 
     Some packages cannot live beside others: a second environment adds its scores to the first's.
     """
     earlier: dict[str, Any] = {}
-    if path.is_file():
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if all(found.get(key) == value for key, value in header.items()):
-            earlier = {entry["row"]: entry for entry in found["rows"]}
+    found = read_results(path)
+    if all(found.get(key) == value for key, value in header.items()):
+        earlier = {entry["row"]: entry for entry in found.get("rows", ())}
     for result in results:
         before = earlier.pop(result.row.name, None)
         if before is not None and before["samples"] == result.samples:

@@ -17,9 +17,10 @@ from ..errors import InvalidArgument, MissingWeights
 from ..guidance import Guidance
 from ..published import shipped_calibrations
 from .checks import check_metrics, parse_weights
-from .generation import DEMO, Job
+from .generation import DEMO, MAX_SEED, Job
 from .methods import Context, NotAvailable, guidance_of
 from .metrics import BOXED, METRICS, caption_labels
+from .report import RESULTS, read_results
 from .samples import reference_files
 from .tables import Row, Table, table
 
@@ -69,6 +70,8 @@ def check(args: argparse.Namespace) -> Request:
     _at_least("--limit", args.limit, 2)
     _at_least("--batch-size", args.batch_size, 1)
     _at_least("--seed", args.seed, 0)
+    if args.seed >= MAX_SEED:
+        raise InvalidArgument("--seed", args.seed, f"give a number below {MAX_SEED}.")
     boxed = _check_model(chosen, args.model) == DEMO
     rows = chosen.select(_names(args.rows))
     weights = parse_weights(args.weights)
@@ -212,6 +215,7 @@ def _out(folder: Path | None) -> Path:
     if folder is None:
         raise InvalidArgument("--out", None, "give the folder for samples and results.")
     writable(folder)
+    read_results(folder / RESULTS)
     return folder
 
 

@@ -39,6 +39,11 @@ STOCK = {
     "unipc": "UniPCMultistepScheduler",
     "euler": "FlowMatchEulerDiscreteScheduler",
 }
+NATIVE = {
+    *("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas"),
+    *("rescale_betas_zero_snr", "prediction_type", "steps_offset"),
+}
+"""Configuration of a scheduler that is the model's; the rest is of a solver, and not taken over."""
 STOCK_BY_KIND = {"vp": ("ddim", "dpm++2m", "unipc"), "flow": ("euler", "dpm++2m", "unipc")}
 STOCK_STEPS = (8, 12, 20, 35, 50)
 
@@ -98,6 +103,8 @@ class _Job:
 
     def __post_init__(self) -> None:
         self.scales = tuple(map(float, self.scales))
+        if not isinstance(self.negative_prompt, str):
+            raise InvalidArgument("negative_prompt", self.negative_prompt, "give one text.")
         self.captured = Captured.of(self.pipe)
         self.schedule, self.predicts = native_schedule(self.pipe.scheduler)
 
@@ -233,6 +240,8 @@ def _digest(texts: Sequence[str]) -> str:
 def _stock(scheduler: Any, kind: str, prediction_type: str) -> dict[tuple[str, int], StockPlan]:
     """Plans of ordinary solvers under full guidance."""
     found: dict[tuple[str, int], StockPlan] = {}
+    if getattr(scheduler.config, "use_dynamic_shifting", False):
+        return found  # their grid would be another at every size
     for name in STOCK_BY_KIND[kind]:
         for num_steps in STOCK_STEPS:
             found[name, num_steps] = _stock_plan(scheduler, kind, name, num_steps)
@@ -249,14 +258,15 @@ def _stock_plan(scheduler: Any, kind: str, name: str, num_steps: int) -> StockPl
 
 def stock_scheduler(scheduler: Any, kind: str, name: str) -> Any:
     """An ordinary solver on the noise schedule of ``scheduler``, which begins and ends like it."""
-    class_name, kept = STOCK[name], dict(scheduler.config)
+    class_name, config = STOCK[name], dict(scheduler.config)
+    kept = {key: value for key, value in config.items() if key in NATIVE}
     if kind == "flow":
-        more = {"num_train_timesteps": kept.get("num_train_timesteps", 1000)}
+        more = {"num_train_timesteps": config.get("num_train_timesteps", 1000)}
         if class_name != "FlowMatchEulerDiscreteScheduler":
             more |= {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-            more["flow_shift"] = kept.get("shift", 1.0) or 1.0
+            more["flow_shift"] = config.get("shift", 1.0) or 1.0
         else:
-            more["shift"] = kept.get("shift", 1.0) or 1.0
+            more["shift"] = config.get("shift", 1.0) or 1.0
         return getattr(diffusers, class_name)(**more)
     clean = end_of(scheduler, native_schedule(scheduler)[0]).sigma_t == 0.0
     more = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": clean}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ...engine import Engine
-from ...errors import UnsupportedPipeline
+from ...errors import InvalidArgument, UnsupportedPipeline
 from ...step_buffers import Conditioning
 from .adapter_types import AdapterRecord, ArgumentLayout
 from .adapters import find_layout, find_record
@@ -132,6 +132,9 @@ class Captured:
                 call(self.pipe, **arguments)
         except _Stop:
             pass
+        except (TypeError, ValueError) as error:
+            remedy = f"{type(self.pipe).__name__} refuses the call: {error}"
+            raise InvalidArgument("call", sorted(arguments), remedy) from error
         finally:
             handle.remove()
             free = getattr(self.pipe, "maybe_free_model_hooks", None)

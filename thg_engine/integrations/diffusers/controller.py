@@ -35,7 +35,15 @@ from .networks import Networks
 from .plan_scheduler import PlanScheduler
 from .planned import Planner
 from .planning import ChosenRows, FusedPlan, fused_plan, in_branches, noise_levels
-from .report import call_lines, graph_line, plan_lines, step_line, switch_lines, tuning_lines
+from .report import (
+    call_lines,
+    graph_line,
+    plan_lines,
+    step_line,
+    switch_lines,
+    tuning_lines,
+    why_unfused,
+)
 from .resolve import resolve_guidance
 from .run import PipelineRun
 from .settings import Settings
@@ -181,7 +189,9 @@ class Controller:
             lines = ["thg_engine: calibrated plans, one for each call"]
         run, record = self._last, self.record
         lines += plan_lines(self.plan) if run is None or record is None else call_lines(run, record)
-        lines += [] if self._planner is None else self._planner.lines(self.settings.fused)
+        lines += (
+            [] if self._planner is None else self._planner.lines(why_unfused(run, self.settings))
+        )
         lines += ["  guidance hook: on", step_line(run, self.settings)]
         lines += [graph_line(self._graphs.report(), self.settings)]
         lines += self._drift.lines(record is not None and not record.calls)

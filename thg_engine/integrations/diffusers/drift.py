@@ -44,11 +44,14 @@ class Drift:
     Attributes:
         every: calls per check; None: never.
         found: row -> relative errors so far.
+        calls: so far.
+        idle: whether the last check found no row that reuses a delta.
     """
 
     every: int | None
     found: dict[int, list[float]] = field(default_factory=dict)
     calls: int = 0
+    idle: bool = False
 
     def begin(self) -> Probe | None:
         """The check of the next run, if it is its turn."""
@@ -59,6 +62,8 @@ class Drift:
 
     def note(self, probe: Probe | None) -> None:
         """Keep what a run has found."""
+        if probe is not None and probe.row is not None:
+            self.idle = probe.row < 0
         if probe is not None and probe.error is not None and probe.row is not None:
             self.found.setdefault(probe.row, []).append(probe.error)
 
@@ -69,7 +74,7 @@ class Drift:
         if not measurable:
             return ["  drift: not measured where each branch has a call of its own"]
         if not self.found:
-            return ["  drift: not measured yet"]
+            return [f"  drift: {'no row reuses a delta' if self.idle else 'not measured yet'}"]
         rows = sorted(self.found)
         means = {row: sum(self.found[row]) / len(self.found[row]) for row in rows}
         worst = max(rows, key=means.__getitem__)

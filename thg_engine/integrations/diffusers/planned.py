@@ -42,10 +42,12 @@ def native_schedule(scheduler: Any) -> tuple[NoiseSchedule, str]:
 
 def end_of(scheduler: Any, schedule: NoiseSchedule) -> Point:
     """Where a pipeline's own scheduler ends: noise-free, or at the first training noise level."""
+    if schedule.kind != "vp":
+        return DATA
     copy = type(scheduler).from_config(scheduler.config)
     copy.set_timesteps(USUAL_STEPS)
-    noisy = schedule.kind == "vp" and grid_points(copy)[-1].sigma_t > 0.0
     first = schedule.point(0.0)
+    noisy = grid_points(copy)[-1].sigma_t > 0.0
     return Point(0.0, first.alpha_t, first.sigma_t) if noisy else DATA
 
 
@@ -153,6 +155,7 @@ class Planner:
             found = self.choose(scale(), num_steps)
             if found.unmet and (self.choice is None or found.unmet != self.choice.unmet):
                 warnings.warn(f"thg_engine: {found.unmet}.", stacklevel=3)
+            self._warn_beyond(found)
             self.choice = found
             return PlannedCall(found, schedule, predicts)
 
@@ -165,6 +168,16 @@ class Planner:
             if vars(pipe).get("scheduler") is stand_in:
                 vars(pipe)["scheduler"] = own
 
+    def _warn_beyond(self, found: Choice) -> None:
+        """Say it, once in a row, where rows are not fitted to the scale of a call."""
+        scale, before = found.guidance_scale, self.choice
+        if found.entry.covers(scale) or (before is not None and before.guidance_scale == scale):
+            return
+        low, high = self.front.guidance_scales[0], self.front.guidance_scales[-1]
+        message = f"w = {scale:g} lies outside the calibrated {low:g} to {high:g}"
+        remedy = "rows that are not fitted run; calibrate with --guidance-scales"
+        warnings.warn(f"thg_engine: {message}: {remedy} {scale:g} too.", stacklevel=4)
+
     def preview(
         self, scheduler: Any, num_steps: int = USUAL_STEPS, guidance_scale: float | None = None
     ) -> SamplingPlan:
@@ -174,28 +187,33 @@ class Planner:
         call = PlannedCall(self.choose(scale, num_steps), *read)
         return call.plan
 
-    def lines(self, fused: bool | None = None) -> list[str]:
-        """The choice and its neighbours, for the report; ``fused`` as `compile` was told."""
+    def lines(self, unfused: str = "") -> list[str]:
+        """The choice and its neighbours, for the report; why the fused step did not run, if so."""
         choice = self.choice
         if choice is None:
             return []
         c2 = self.seconds[1] / self.seconds[0]
-        origin = "measured here" if self.measured else "of the calibration"
+        size = "x".join(map(str, self.front.shape))
+        # Sizes that the calibration was told are known to it alone.
+        origin = "measured here" if self.measured else f"of the calibration, one sample of {size}"
+        fitted = not unfused
         scales = ", ".join(f"{scale:g}" for scale in self.front.guidance_scales)
         lines = [
-            f"  plan for {self.target}: {self._line(choice.entry, choice)}",
-            *(f"  beside it: {self._line(entry, choice)}" for entry in choice.neighbours),
+            f"  plan for {self.target}: {self._line(choice.entry, choice, fitted)}",
+            *(f"  beside it: {self._line(entry, choice, fitted)}" for entry in choice.neighbours),
             f"  calibrated {self.front.date} at w = {scales}; c2 = {c2:.2f} ({origin})",
         ]
         if not choice.entry.covers(choice.guidance_scale):
-            lines.append(f"  w = {choice.guidance_scale:g} was not calibrated: rows are not fitted")
-        elif fused is False:
-            lines.append("  fitted rows take the fused step, which is off: base rows")
+            nearest = choice.entry.nearest(choice.guidance_scale)
+            message = f"  w = {choice.guidance_scale:g} was not calibrated: rows are not fitted"
+            lines.append(f"{message}, errors are those of w = {nearest:g}")
+        elif unfused:
+            lines.append(f"  fitted rows take the fused step ({unfused}): base rows")
         return [*lines, f"  target missed: {choice.unmet}"] if choice.unmet else lines
 
-    def _line(self, entry: PlanEntry, choice: Choice) -> str:
+    def _line(self, entry: PlanEntry, choice: Choice, fitted: bool) -> str:
         c2 = self.seconds[1] / self.seconds[0]
-        error = 100 * entry.error_at(choice.guidance_scale)
+        error = 100 * entry.error_at(choice.guidance_scale, fitted)
         speedup = choice.speedup * choice.entry.cost(c2) / entry.cost(c2)
         return f"{entry.name}, NFE {entry.nfe}, error {error:.2f} %, {speedup:.2f}x"
 

@@ -65,10 +65,17 @@ def plan_lines(plan: SamplingPlan | None) -> list[str]:
     return ["  no call yet; print(pipe.thg.plan.explain()) shows the plan of 50 steps"]
 
 
+def why_unfused(run: PipelineRun | None, settings: Settings) -> str:
+    """Why the scheduler steps by itself; "" where the fused step runs, or may yet."""
+    if settings.fused is False:
+        return "off, as asked for"
+    return run.unfused if run is not None and run.plan is not None else ""
+
+
 def step_line(run: PipelineRun | None, settings: Settings) -> str:
     """Who steps."""
     if settings.fused is False:
-        return "  fused step: off, as asked for"
+        return f"  fused step: {why_unfused(run, settings)}"
     if run is None:
         return "  fused step: on where the scheduler's step is linear"
     if run.plan is None:

@@ -14,6 +14,9 @@ from ...errors import InvalidArgument
 from ...fitting.reference import Batch
 from .captured import Captured, noise
 
+MAX_SEED = 2**40
+"""Seeds of samples are made from it, and torch takes 63 bits."""
+
 
 @dataclass(frozen=True)
 class Noises:
@@ -25,6 +28,8 @@ class Noises:
 
     def __post_init__(self) -> None:
         check_counts(batch_size=self.batch_size, samples=self.samples)
+        if not (isinstance(self.seed, int) and 0 <= self.seed < MAX_SEED):
+            raise InvalidArgument("seed", self.seed, f"give a whole number below {MAX_SEED}.")
 
 
 def check_given(prompts: Sequence[str], least: int, guidance_scales: Sequence[float]) -> None:
