@@ -447,7 +447,10 @@ def test_reports_and_previews() -> None:
         assert text.startswith("thg_engine: calibrated plans")
         assert "plan for nfe=10: fitted thg, 7 steps, NFE 10, error 3.00 %" in text
         assert "beside it: fitted cfg, 6 steps, NFE 12, error 2.00 %" in text
-        assert "calibrated 2026-01-01 at w = 3, 7; c2 = 2.00 (of the calibration)" in text
+        assert (
+            "calibrated 2026-01-01 at w = 3, 7; c2 = 2.00 (of the calibration, one sample of 4x8x8)"
+            in text
+        )
         assert "guidance thg" not in text and "conservative" not in text
     # Of 8 steps of full guidance.
     assert "1.60x" in report and "last call: NFE 10 of 14 on dpmpp2m, w = 5" in report

@@ -62,8 +62,8 @@ class Drift:
 
     def note(self, probe: Probe | None) -> None:
         """Keep what a run has found."""
-        if probe is not None and probe.row is not None:
-            self.idle = probe.row < 0
+        if probe is not None:
+            self.idle = probe.row is None or probe.row < 0
         if probe is not None and probe.error is not None and probe.row is not None:
             self.found.setdefault(probe.row, []).append(probe.error)
 

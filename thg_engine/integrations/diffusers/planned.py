@@ -169,9 +169,13 @@ class Planner:
                 vars(pipe)["scheduler"] = own
 
     def _warn_beyond(self, found: Choice) -> None:
-        """Say it, once in a row, where rows are not fitted to the scale of a call."""
+        """Say it, once in a row, where rows are not fitted to the scale of a guided call."""
         scale, before = found.guidance_scale, self.choice
-        if found.entry.covers(scale) or (before is not None and before.guidance_scale == scale):
+        if (
+            scale <= 1
+            or found.entry.covers(scale)
+            or (before is not None and before.guidance_scale == scale)
+        ):
             return
         low, high = self.front.guidance_scales[0], self.front.guidance_scales[-1]
         message = f"w = {scale:g} lies outside the calibrated {low:g} to {high:g}"
