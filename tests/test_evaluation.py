@@ -383,7 +383,8 @@ def test_comparison_by_hand() -> None:
     assert counted["share"] == pytest.approx(middle["share"])
     early, late = found["seconds", "short"], found["seconds", "long"]
     assert early["baseline"] is None and early["lead"] is None
-    assert early["equal"] is None, "every baseline's cheapest point is better already"
+    assert early["equal"] == "CFG, ddim" and early["equal_cost"] == 1.0, "its cheapest point"
+    assert early["share"] == 0.5
     assert late["lead"] == pytest.approx(5.0) and late["equal"] is None and late["share"] is None
     assert comparison([row("short", True, 0.5, 20.0)]) == []
 
