@@ -286,7 +286,7 @@ def test_scales_that_were_not_calibrated_run_base_rows() -> None:
         nearest = min(front().guidance_scales, key=lambda w: abs(w - scale))
         report = pipe.thg.report()
         assert f"w = {scale:g} was not calibrated" in report
-        assert f"errors are those of w = {nearest:g}" in report
+        assert f"errors are those of unfitted rows at w = {nearest:g}" in report
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             call(pipe, guidance_scale=scale)  # said once
@@ -453,7 +453,8 @@ def test_reports_and_previews() -> None:
         )
         assert "guidance thg" not in text and "conservative" not in text
     # Of 8 steps of full guidance.
-    assert "1.60x" in report and "last call: NFE 10 of 14 on dpmpp2m, w = 5" in report
+    # Seven rows, of which three evaluate both branches: 7 + 3 (c2 - 1) evaluations of 0.1 s.
+    assert "1.60x, 1 s a sample" in report and "last call: NFE 10 of 14 on dpmpp2m, w = 5" in report
     assert "fused step: 7 row(s)" in report and "one state for tortoise" not in report
 
 

@@ -60,6 +60,7 @@ def test_fewer_evaluations_than_dpmpp2m_and_less_error(
 def test_targets_need_no_calibration_in_the_box(name: str) -> None:
     pipe = thg_engine.compile(load_pipeline(name), match="dpm++2m@50")
     assert "plan for match='dpm++2m@50'" in pipe.thg.report()
+    assert "  dpm++2m@50: error " in pipe.thg.report()
     assert pipe.thg.plan.nfe <= 50  # DPM-Solver++ 2M takes 100
     assert thg_engine.compile(pipe, speedup=2.0).thg.plan.nfe < 100
 

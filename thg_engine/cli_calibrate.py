@@ -121,8 +121,9 @@ def _refuse_flags_of_the_other(args: argparse.Namespace) -> None:
     names = ("steps",) if args.plans else ("budgets", "samples", "work_dir", "max_sequence_length")
     for name in names:
         if getattr(args, name) is not None:
-            remedy = "it is of error curves, not of --plans." if args.plans else "it takes --plans."
-            raise InvalidArgument(f"--{name.replace('_', '-')}", getattr(args, name), remedy)
+            flag = f"--{name.replace('_', '-')}"
+            remedy = f"{flag} is for error curves." if args.plans else f"{flag} needs --plans."
+            raise InvalidArgument(flag, getattr(args, name), remedy)
 
 
 def _calibrate_plans(args: argparse.Namespace, out: Path) -> None:

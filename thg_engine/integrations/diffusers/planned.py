@@ -210,16 +210,21 @@ class Planner:
         if not choice.entry.covers(choice.guidance_scale):
             nearest = choice.entry.nearest(choice.guidance_scale)
             message = f"  w = {choice.guidance_scale:g} was not calibrated: rows are not fitted"
-            lines.append(f"{message}, errors are those of w = {nearest:g}")
+            lines.append(f"{message}; errors are those of unfitted rows at w = {nearest:g}")
         elif unfused:
             lines.append(f"  fitted rows take the fused step ({unfused}): base rows")
+        if self.target.match is not None:
+            matched = stock_error(self.front, self.target.match, choice.guidance_scale)
+            lines.append(f"  {self.target.match}: error {100 * matched:.2f} %")
         return [*lines, f"  target missed: {choice.unmet}"] if choice.unmet else lines
 
     def _line(self, entry: PlanEntry, choice: Choice, fitted: bool) -> str:
         c2 = self.seconds[1] / self.seconds[0]
         error = 100 * entry.error_at(choice.guidance_scale, fitted)
         speedup = choice.speedup * choice.entry.cost(c2) / entry.cost(c2)
-        return f"{entry.name}, NFE {entry.nfe}, error {error:.2f} %, {speedup:.2f}x"
+        seconds = entry.cost(c2) * self.seconds[0]
+        found = f"{entry.name}, NFE {entry.nfe}, error {error:.2f} %, {speedup:.2f}x"
+        return f"{found}, {seconds:.3g} s a sample"
 
 
 def _usual_scale(front: PlanFront) -> float:
