@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from test_fitting import Gaussian, W, cost_of, spans_of
+from test_fitting import Gaussian, W, best_of_all, cost_of, spans_of
 from test_front import VP, few_nodes, task_of  # noqa: F401  (few_nodes is a fixture)
 from thg_engine.errors import CalibrationError
 from thg_engine.fitting import search as searching
@@ -71,16 +70,9 @@ def test_grids_keep_to_a_budget_whatever_c2(budget, c2) -> None:
     unit = min(range(10, 21), key=lambda q: math.ceil(c2 * q) / q)
     above, within = math.ceil(c2 * unit) / unit, math.floor(budget * unit) / unit
     assert c2 <= above <= c2 + 0.05
-    best, inner = math.inf, range(1, spans.nodes.last)
-    for kinds in itertools.product((0, 1, 2), repeat=len(inner)):
-        if sum((0, 1, above)[k] for k in kinds) + above > within + 1e-9:
-            continue
-        nodes = (0, *(j for j, k in zip(inner, kinds, strict=True) if k))
-        both = (0, *(j for j, k in zip(inner, kinds, strict=True) if k == 2))
-        best = min(best, cost_of(spans, Grid(nodes, both)))
     found = spans.best(budget, c2)
     assert len(found.nodes) + (c2 - 1) * len(found.both) <= budget
-    assert cost_of(spans, found) == pytest.approx(best, rel=1e-12)
+    assert cost_of(spans, found) == pytest.approx(best_of_all(spans, within, above), rel=1e-12)
 
 
 def test_half_width_of_the_mean() -> None:
@@ -113,22 +105,3 @@ def test_grids_on_which_a_run_overflows_make_no_plan(
     bad.append(grids[1])
     with pytest.raises(CalibrationError, match="overflowed"):
         search(task, {})
-
-
-def test_a_base_that_overflows_does_not_refuse_its_fit(few_nodes, monkeypatch) -> None:  # noqa: F811
-    real = searching.errors
-    task = task_of(Gaussian(VP, "epsilon", 0.3), Store())
-    runs = searching.Converged.of(task, W)
-    grid = Grid((0, 5, 10), (0, 5))
-    expected = searching.fitted(task, grid, runs)
-
-    def overflowing(engine, plan, *more):
-        found = real(engine, plan, *more)
-        # The base is what reads no output on top of its guided ones.
-        base = not any(row.cond_weights or row.step_delta_weights for row in plan.rows)
-        return found * math.nan if base else found
-
-    monkeypatch.setattr(searching, "errors", overflowing)
-    fit = searching.fitted(task, grid, runs)
-    assert fit.corrections == expected.corrections != () and fit.error == expected.error
-    assert not fit.is_finite

@@ -77,8 +77,8 @@ def comparison(rows: Sequence[Row]) -> list[Row]:
         ``budget``, ``cost`` ("nfe" or "seconds"), ``value`` (of that cost), ``psnr``, ``ci95``,
         ``baseline`` and ``baseline_psnr`` at equal cost, ``lead`` in dB; ``equal`` and
         ``equal_cost``, the baseline that reaches this PSNR first and what it costs there,
-        ``share``, our cost over it. Null where no baseline is as cheap, or none has this PSNR
-        within its range.
+        ``share``, our cost over it. Null where no baseline is as cheap, or none measured reaches
+        this PSNR.
     """
     found = []
     for some in groups(rows).values():

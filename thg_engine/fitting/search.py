@@ -253,7 +253,7 @@ def fitted(task: Task, grid: Grid, runs: Converged) -> ScaleFit:
     corrections = fit_rows(task.engine, base, nodes, runs.fit, task.gather)
     plain = errors(task.engine, base, runs.held_out, task.gather)
     better = errors(task.engine, corrected(base, corrections), runs.held_out, task.gather)
-    if float(better.mean()) >= float(plain.mean()) or not math.isfinite(float(better.mean())):
+    if not float(better.mean()) < float(plain.mean()):
         better, corrections = plain, ()
     fit = ScaleFit(
         scale, float(better.mean()), half_width(better), float(plain.mean()), corrections
