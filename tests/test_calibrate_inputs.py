@@ -108,6 +108,10 @@ def test_data_that_is_no_data(tmp_path: Path) -> None:
         check_data(str(tmp_path))
     (tmp_path / LABELS).write_bytes(gzip.compress(bytes(8 + 3)))
     check_data(str(tmp_path))
+    (tmp_path / IMAGES).write_bytes(gzip.compress(bytes(16)))
+    (tmp_path / LABELS).write_bytes(gzip.compress(bytes(8)))
+    with pytest.raises(InvalidArgument, match="as many labels"):
+        check_data(str(tmp_path))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", json.dumps({"a": 1}), json.dumps({"rows": [{}]})])
