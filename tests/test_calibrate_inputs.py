@@ -115,7 +115,11 @@ def test_data_that_is_no_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["{", "[]", json.dumps({"a": 1}), json.dumps({"rows": [{}]})])
-def test_results_that_scores_cannot_be_added_to(text: str, tmp_path: Path, capsys: Any) -> None:
+def test_results_that_scores_cannot_be_added_to(
+    text: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    started = "thg_engine.reproduce.running.generate"
+    monkeypatch.setattr(started, lambda *_, **__: pytest.fail("generated"))
     (tmp_path / "results.json").write_text(text)
     command = ["reproduce", "sd15", "--model", "demo", "--out", str(tmp_path), "--limit", "2"]
     assert main(command) == 2

@@ -100,7 +100,7 @@ def test_demo_measures_what_it_prints(tmp_path, capsys):
     document = json.loads((tmp_path / "demo.json").read_text())
     rows = {row["method"]: row for row in document["methods"]}
     assert rows["CFG"]["nfe"] == 100
-    assert {row["nfe"] for row in rows.values()} == {100, 70}
+    assert {row["nfe"] for row in rows.values()} == {100, 70, 40, 24}
     for row in rows.values():
         assert row["seconds_per_image"] > 0
         assert row["c2"] == document["c2"] > 1
@@ -108,6 +108,10 @@ def test_demo_measures_what_it_prints(tmp_path, capsys):
     assert rows["CFG"]["psnr_to_cfg"] is None
     # The point of a calibrated grid: closer to full guidance than the fixed interval.
     assert rows["THG"]["psnr_to_cfg"] > rows["CFG-Cache"]["psnr_to_cfg"]
+    # And of a plan: closer to the solution than the full guidance that costs 2.5 times as much.
+    plan, full = rows["plan, nfe=40"], rows["CFG"]
+    assert plan["num_steps"] == 20
+    assert plan["rel_error_to_converged"] < 0.5 * full["rel_error_to_converged"]
     assert document["machine"]
     assert "torch" in document["versions"]
     from PIL import Image

@@ -9,6 +9,7 @@ import pickle
 import threading
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -280,8 +281,9 @@ def test_guidance_changed_in_the_middle_of_a_run_goes_on_with_base_rows() -> Non
 def test_scales_that_were_not_calibrated_run_base_rows() -> None:
     for scale in (2.0, 9.0):
         pipe = compiled(SPARSE)
-        with pytest.warns(UserWarning, match=f"w = {scale:g} lies outside the calibrated"):
+        with pytest.warns(UserWarning, match=f"w = {scale:g} lies outside the calibrated") as seen:
             found = call(pipe, guidance_scale=scale)
+        assert Path(seen[0].filename).parent == Path(__file__).parent
         close(found, sd_by_hand(base(SPARSE, scale), guidance_scale=scale))
         nearest = min(front().guidance_scales, key=lambda w: abs(w - scale))
         report = pipe.thg.report()
@@ -405,8 +407,12 @@ def test_arguments_that_make_no_sense(options, name) -> None:
 
 def test_unmet_targets_warn_at_compile() -> None:
     pipe = tiny()
-    with CountRows(pipe.unet) as count, pytest.warns(UserWarning, match=r"takes 1\.67 times"):
+    with (
+        CountRows(pipe.unet) as count,
+        pytest.warns(UserWarning, match="cheapest plan takes 10 ev") as seen,
+    ):
         thg_engine.compile(pipe, calibration=front(), nfe=6)
+    assert seen[0].filename == __file__
     assert count.total == 0 and "target missed" in pipe.thg.report()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -448,13 +454,13 @@ def test_reports_and_previews() -> None:
         assert "plan for nfe=10: fitted thg, 7 steps, NFE 10, error 3.00 %" in text
         assert "beside it: fitted cfg, 6 steps, NFE 12, error 2.00 %" in text
         assert (
-            "calibrated 2026-01-01 at w = 3, 7; c2 = 2.00 (of the calibration, one sample of 4x8x8)"
-            in text
+            "calibrated 2026-01-01 at w = 3, 7\n  both branches cost c2 = 2.00 times one "
+            "(of the calibration, one sample of 4x8x8)" in text
         )
         assert "guidance thg" not in text and "conservative" not in text
     # Of 8 steps of full guidance.
     # Seven rows, of which three evaluate both branches: 7 + 3 (c2 - 1) evaluations of 0.1 s.
-    assert "1.60x, 1 s a sample" in report and "last call: NFE 10 of 14 on dpmpp2m, w = 5" in report
+    assert "1.60x, 1 s a sample" in report and "last call: NFE 10 on dpmpp2m, w = 5" in report
     assert "fused step: 7 row(s)" in report and "one state for tortoise" not in report
 
 

@@ -186,7 +186,7 @@ def test_choice_for_every_kind_of_target() -> None:
     assert (found.entry.num_steps, found.unmet) == (8, "")
     missed = chosen(nfe=4)
     assert missed.entry.num_steps == 4
-    assert missed.unmet == "the cheapest plan takes 2.00 times what nfe=4 allows"
+    assert missed.unmet == "nfe=4 is out of reach: the cheapest plan takes 8 evaluations"
     assert "1.60 times what seconds=0.5" in chosen(seconds=0.5).unmet
 
 

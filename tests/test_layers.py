@@ -63,7 +63,7 @@ ALLOWED: dict[str, set[str]] = {
     "fitting": {*CORE},
     DIFFUSERS: {*CORE, "fitting", "doctor"},
     "doctor": {"", "errors"},
-    "demo": {*CORE, "", DIFFUSERS, "doctor"},
+    "demo": {*CORE, "", DIFFUSERS, "fitting", "doctor"},
     "evaluation": {*CORE, "", DIFFUSERS, "fitting", "demo", "doctor", "cli_checks"},
     "reproduce": {*CORE, "", DIFFUSERS, "demo", "doctor", "cli_checks"},
     "cli_checks": {"errors"},

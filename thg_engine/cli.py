@@ -64,8 +64,8 @@ def _add_demo(commands: Any) -> None:
         "demo",
         help="compare guidance methods on the pipeline in the box",
         description="Generates the same seeds with full guidance (CFG), CFG with fewer steps, "
-        "CFG-Cache and THG, and writes DIR/demo.png (columns: methods, rows: prompts) and "
-        "DIR/demo.json (NFE, seconds, distances, accuracy). Needs no network and no GPU.",
+        "CFG-Cache, THG and fitted plans, and writes DIR/demo.png (columns: methods, rows: "
+        "prompts) and DIR/demo.json (NFE, seconds, distances, accuracy). Needs no network, no GPU.",
     )
     demo.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR")
     demo.add_argument("--images", type=int, help="prompts, one image each (30, or 10)")

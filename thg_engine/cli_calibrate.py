@@ -57,12 +57,16 @@ def add_parser(commands: Any) -> None:
     calibrate.add_argument(
         "--solver", help="ddim, dpm2, dpmpp2m, lms2, flow_euler (curves: ddim; plans: dpmpp2m)"
     )
-    calibrate.add_argument("--negative-prompt", default="")
-    calibrate.add_argument("--batch-size", type=int, default=8)
-    calibrate.add_argument("--seed", type=int, default=0)
+    calibrate.add_argument("--negative-prompt", default="", metavar="TEXT", help="(none)")
+    calibrate.add_argument("--batch-size", type=int, default=8, help="samples at a time (8)")
+    calibrate.add_argument("--seed", type=int, default=0, help="of the noises (0)")
     calibrate.add_argument("--plans", action="store_true", help="fit plans for a range of budgets")
     calibrate.add_argument(
-        "--budgets", type=int, nargs="+", metavar="NFE", help="--plans: evaluations per image"
+        "--budgets",
+        type=int,
+        nargs="+",
+        metavar="NFE",
+        help="--plans: evaluations per image (18 of them, 10 to 100)",
     )
     calibrate.add_argument("--samples", type=int, help="--plans: noises per prompt (1)")
     calibrate.add_argument(

@@ -1,6 +1,12 @@
-"""Typed errors: each names the argument, the value it had, and what to do instead."""
+"""Typed errors: each names the argument, the value it had, and what to do instead; and warnings."""
 
 from __future__ import annotations
+
+import sys
+import warnings
+
+BETWEEN = ("thg_engine", "diffusers", "torch", "contextlib")
+"""Packages whose frames lie between a warning and the line that it is about."""
 
 
 class ThgError(Exception):
@@ -46,3 +52,11 @@ class MissingPackage(ThgError, ImportError):
 
 class CalibrationError(ThgError):
     """A calibration file that is unreadable, of another version, or does not fit the model."""
+
+
+def warn(message: str) -> None:
+    """Warn at the user's own line: the nearest that is neither ours nor a framework's."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(f"thg_engine: {message}.", stacklevel=level)

@@ -10,7 +10,6 @@ import gc
 import os
 import threading
 import time
-import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .errors import ThgError
+from .errors import ThgError, warn
 from .graphs import CAPTURE_LOCK, GraphSet, NotCaptured, failure
 
 KILL_SWITCHES = ("THG_DISABLE", "THG_DISABLE_GRAPHS")
@@ -237,10 +236,7 @@ class GraphCache:
             return ""
         if not self._warned:
             self._warned = True
-            warnings.warn(
-                f"thg_engine has graphs of {self.limit} shapes; further shapes run without.",
-                stacklevel=5,
-            )
+            warn(f"there are graphs of {self.limit} shapes; further shapes run without")
         return f"there are graphs of {self.limit} other shapes"
 
     def _make(self, entry: _Entry, device: torch.device, build: Callable[[], Any]) -> None:

@@ -1,7 +1,8 @@
 """The demo's comparison: full guidance against what the same images cost otherwise, in one run.
 
-All methods share prompts, initial noise, guidance scale and DDIM with trailing timesteps, so that
-runs of every length start at the same noise level and fewer steps means nothing but fewer steps.
+All methods share prompts, initial noise and guidance scale, and all but the fitted plans, which
+bring solver and grid of their own, DDIM with trailing timesteps: runs of every length start at the
+same noise level, and fewer steps means nothing but fewer steps.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from tqdm import tqdm
 
 from .. import compile, uncompile
 from ..errors import InvalidArgument
+from ..fitting.shipped import shipped_front
 from ..guidance import THG, CFGCache, Guidance
+from ..integrations.diffusers.resolve import fingerprint
 from .classifier import CLASSES, COLOURS, load_classifier
 from .pipeline_loader import load_pipeline
 
@@ -28,7 +31,9 @@ if TYPE_CHECKING:
 
 NUM_STEPS = 50
 BUDGET = 0.7
-"""Share of full guidance that every method but the first may spend."""
+"""Share of full guidance that THG and what it is compared with may spend."""
+PLANS = (40, 24)
+"""Evaluations of the fitted plans, which need fewer."""
 
 
 @dataclass(frozen=True)
@@ -62,11 +67,19 @@ class Settings:
 
 @dataclass(frozen=True)
 class Method:
-    """A column of the picture: a label, a number of steps, a guidance method (None: stock)."""
+    """A column of the picture.
+
+    Attributes:
+        label: its heading.
+        num_steps: asked for.
+        guidance: method; None: the stock pipeline, or a plan.
+        plan_nfe: evaluations of the fitted plan that runs, which has steps of its own; 0: none.
+    """
 
     label: str
     num_steps: int
-    guidance: Guidance | None
+    guidance: Guidance | None = None
+    plan_nfe: int = 0
 
 
 @dataclass
@@ -74,6 +87,7 @@ class Outcome:
     """What one method produced; images ``(B, 3, H, W)`` in [0, 1], latents ``(B, 4, h, w)``."""
 
     method: Method
+    num_steps: int
     images: Tensor
     latents: Tensor
     nfe: int
@@ -81,14 +95,15 @@ class Outcome:
 
 
 def methods() -> tuple[Method, ...]:
-    """The columns: full guidance, then four ways to spend 70 % of its evaluations."""
+    """The columns: full guidance, four ways to spend 70 % of its evaluations, fitted plans."""
     fewer = round(BUDGET * NUM_STEPS)
     return (
-        Method("CFG", NUM_STEPS, None),
-        Method("CFG, fewer steps", fewer, None),
+        Method("CFG", NUM_STEPS),
+        Method("CFG, fewer steps", fewer),
         Method("CFG-Cache", NUM_STEPS, CFGCache()),
         Method("THG (b, i_hi)", NUM_STEPS, THG(nfe=BUDGET, boost=1.1, cutoff=0.76)),
         Method("THG", NUM_STEPS, THG(nfe=BUDGET)),
+        *(Method(f"plan, nfe={nfe}", NUM_STEPS, plan_nfe=nfe) for nfe in PLANS),
     )
 
 
@@ -138,6 +153,7 @@ class _Runner:
         self, pipe: StableDiffusionPipeline, captions: Sequence[str], settings: Settings
     ) -> None:
         self.pipe, self.settings = pipe, settings
+        self.plans = shipped_front(fingerprint(pipe.unet))
         size = pipe.unet.config.sample_size
         generator = torch.Generator().manual_seed(settings.seed)
         noise = torch.randn(len(captions), 4, size, size, generator=generator)
@@ -154,7 +170,9 @@ class _Runner:
 
     def run(self, method: Method) -> Outcome:
         """All batches under ``method``, timed from prompt to pixels."""
-        if method.guidance is not None:
+        if method.plan_nfe:
+            compile(self.pipe, calibration=self.plans, nfe=method.plan_nfe)
+        elif method.guidance is not None:
             compile(self.pipe, method.guidance)
         try:
             parts, seconds, before = [], 0.0, self.rows
@@ -163,11 +181,14 @@ class _Runner:
                 parts.append(self._call(captions, noise, method.num_steps))
                 seconds += time.perf_counter() - start
                 self.on_batch()
+            own = vars(self.pipe)["thg"].stats()["last_rows"] if method.plan_nfe else 0
         finally:
             uncompile(self.pipe)
         images, latents = (torch.cat(part) for part in zip(*parts, strict=True))
         nfe = (self.rows - before) // len(images)
-        return Outcome(method, images, latents, nfe, [seconds / len(images)])
+        return Outcome(
+            method, own or method.num_steps, images, latents, nfe, [seconds / len(images)]
+        )
 
     def converged(self) -> Tensor:
         """Latents of many-step full guidance, DPM-Solver++ 2M over the same noise levels."""
@@ -247,7 +268,7 @@ def _score(
         rows.append(
             {
                 "method": outcome.method.label,
-                "num_steps": outcome.method.num_steps,
+                "num_steps": outcome.num_steps,
                 "nfe": outcome.nfe,
                 "seconds_per_image": seconds,
                 "speedup": statistics.median(baseline.seconds) / seconds,

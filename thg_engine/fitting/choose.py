@@ -132,8 +132,13 @@ def _affordable(
     if within:
         return within[-1], ""
     cheapest = min(plans, key=costs.__getitem__)
-    factor = costs[cheapest] / budget
-    return cheapest, f"the cheapest plan takes {factor:.2f} times what {target} allows"
+    if target.nfe is not None:
+        least = f"the cheapest plan takes {cheapest.nfe} evaluations"
+    elif target.speedup is not None:
+        least = f"the fastest plan gives {num_steps * c2 / costs[cheapest]:.2f}x"
+    else:
+        least = f"the fastest plan takes {costs[cheapest] * seconds[0]:.3g} s a sample"
+    return cheapest, f"{target} is out of reach: {least}"
 
 
 def _matching(

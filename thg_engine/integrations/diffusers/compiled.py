@@ -16,7 +16,6 @@ import copy
 import functools
 import os
 import pickle
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 from ...curves import Calibration
-from ...errors import InvalidArgument, UnsupportedPipeline
+from ...errors import InvalidArgument, UnsupportedPipeline, warn
 from ...fitting.front import PlanFront
 from ...guidance import Guidance
 from ...plan import SamplingPlan
@@ -165,7 +164,7 @@ def compile_with(pipe: Any, settings: Settings) -> Any:
         reason = networks.why_not(pipe, record)
     elif not guiders_of(pipe):
         reason = _why_unknown(base)
-    warnings.warn(f"thg_engine leaves this pipeline as it is: {reason}.", stacklevel=4)
+    warn(f"this pipeline is left as it is: {reason}")
     vars(pipe)["thg"] = Controller(settings, None, Networks(), reason)
     return pipe
 

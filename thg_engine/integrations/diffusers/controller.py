@@ -38,6 +38,7 @@ from .planning import ChosenRows, FusedPlan, fused_plan, in_branches, noise_leve
 from .report import (
     call_lines,
     graph_line,
+    guidance_line,
     plan_lines,
     step_line,
     switch_lines,
@@ -183,12 +184,15 @@ class Controller:
         """What runs, how, and what does not with its reason; readable text."""
         if self.inactive:
             return f"thg_engine: not active, {self.inactive}."
-        method = "none" if self.guidance is None else self.guidance.name
-        lines = [f"thg_engine: guidance {method}", *(f"  {note}" for note in self.notes)]
-        if self._planner is not None:
+        planned = self._planner is not None
+        lines = [guidance_line(self.guidance), *(f"  {note}" for note in self.notes)]
+        if planned:
             lines = ["thg_engine: calibrated plans, one for each call"]
         run, record = self._last, self.record
-        lines += plan_lines(self.plan) if run is None or record is None else call_lines(run, record)
+        if run is None or record is None:
+            lines += plan_lines(self.plan)
+        else:
+            lines += call_lines(run, record, planned)
         lines += (
             [] if self._planner is None else self._planner.lines(why_unfused(run, self.settings))
         )

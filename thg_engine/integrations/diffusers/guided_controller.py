@@ -11,7 +11,7 @@ from ...guidance import Guidance
 from ...plan import SamplingPlan
 from .guided import GuiderSwap, denoiser_of_guided, swap_guider
 from .guider import TortoiseHareGuidance
-from .report import switch_lines, tuning_lines
+from .report import guidance_line, switch_lines, tuning_lines
 from .settings import Settings
 from .tuning import Undo, tune
 from .twins import Twins
@@ -84,7 +84,7 @@ class GuidedController:
         """What runs, how, and what does not with its reason; readable text."""
         if self.inactive:
             return f"thg_engine: not active, {self.inactive}."
-        lines = [f"thg_engine: guidance {self.guidance.name}"]
+        lines = [guidance_line(self.guidance)]
         lines += [f"  {note}" for note in self.notes]
         lines += self.swap.report_lines()
         lines += ["  fused step and graphs: none; the guider's loop steps by itself"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 
 from ...doctor import machine_line
-from ...errors import CalibrationError, InvalidArgument, UnsupportedPipeline
+from ...errors import CalibrationError, InvalidArgument, UnsupportedPipeline, warn
 from ...fitting.choose import Choice, Target, choose, stock_error
 from ...fitting.front import PlanEntry, PlanFront
 from ...fitting.reference import DATA
@@ -130,7 +129,7 @@ class Planner:
         made = cls(front, target, seconds, not here)
         made.choice = made.choose(_usual_scale(front), USUAL_STEPS)
         if made.choice.unmet:
-            warnings.warn(f"thg_engine: {made.choice.unmet}.", stacklevel=5)
+            warn(made.choice.unmet)
         return made
 
     def choose(self, guidance_scale: float, num_steps: int) -> Choice:
@@ -154,7 +153,7 @@ class Planner:
         def planned(num_steps: int) -> PlannedCall:
             found = self.choose(scale(), num_steps)
             if found.unmet and (self.choice is None or found.unmet != self.choice.unmet):
-                warnings.warn(f"thg_engine: {found.unmet}.", stacklevel=3)
+                warn(found.unmet)
             self._warn_beyond(found)
             self.choice = found
             return PlannedCall(found, schedule, predicts)
@@ -180,7 +179,7 @@ class Planner:
         low, high = self.front.guidance_scales[0], self.front.guidance_scales[-1]
         message = f"w = {scale:g} lies outside the calibrated {low:g} to {high:g}"
         remedy = "rows that are not fitted run; calibrate with --guidance-scales"
-        warnings.warn(f"thg_engine: {message}: {remedy} {scale:g} too.", stacklevel=4)
+        warn(f"{message}: {remedy} {scale:g} too")
 
     def preview(
         self, scheduler: Any, num_steps: int = USUAL_STEPS, guidance_scale: float | None = None
@@ -205,7 +204,8 @@ class Planner:
         lines = [
             f"  plan for {self.target}: {self._line(choice.entry, choice, fitted)}",
             *(f"  beside it: {self._line(entry, choice, fitted)}" for entry in choice.neighbours),
-            f"  calibrated {self.front.date} at w = {scales}; c2 = {c2:.2f} ({origin})",
+            f"  calibrated {self.front.date} at w = {scales}",
+            f"  both branches cost c2 = {c2:.2f} times one ({origin})",
         ]
         if not choice.entry.covers(choice.guidance_scale):
             nearest = choice.entry.nearest(choice.guidance_scale)

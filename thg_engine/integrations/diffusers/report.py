@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from ...guidance import THG, Guidance
 from ...plan import SamplingPlan
 from .adapter_types import AdapterRecord
 from .run import PipelineRun
@@ -24,17 +25,33 @@ def tuning_lines(settings: Settings) -> list[str]:
     return [*lines, f"  attention: {settings.attention}"] if settings.attention else lines
 
 
-def call_lines(run: PipelineRun, record: AdapterRecord) -> list[str]:
-    """The last call: its cost, where it ran all branches, and what did not go as planned."""
+def guidance_line(guidance: Guidance | None) -> str:
+    """The method, and how deltas are reused where that is not the paper's way."""
+    name = "none" if guidance is None else guidance.name
+    if not isinstance(guidance, THG) or guidance.reuse == "hold":
+        return f"thg_engine: guidance {name}"
+    reuse = guidance.reuse if isinstance(guidance.reuse, str) else "fitted"
+    return f"thg_engine: guidance {name}, {reuse} reuse"
+
+
+def call_lines(run: PipelineRun, record: AdapterRecord, planned: bool = False) -> list[str]:
+    """The last call: its cost, where it ran all branches, and what did not go as planned.
+
+    Args:
+        run: the call.
+        record: of the pipeline.
+        planned: whether a calibrated plan chose the number of steps too; its cost is then told
+            beside its neighbours'.
+    """
     plan = run.plan
     if run.error and not run.calls:
         return [f"  last call: raised {run.error} before its first step"]
     if plan is None:
         off = f"guidance was off ({record.scale} of 1 or less, or no negative prompt)"
         return [f"  last call: NFE {run.nfe}, one branch: {off}"]
-    whole = record.branches * plan.num_rows + run.extras
+    whole = "" if planned else f" of {record.branches * plan.num_rows + run.extras}"
     lines = [
-        f"  last call: NFE {run.nfe} of {whole} on {plan.solver}, w = {plan.guidance_scale:g}",
+        f"  last call: NFE {run.nfe}{whole} on {plan.solver}, w = {plan.guidance_scale:g}",
         branches_line(run.coarse, record.branches),
     ]
     if run.extras:
@@ -47,7 +64,7 @@ def call_lines(run: PipelineRun, record: AdapterRecord) -> list[str]:
         why = f": {run.error}" if run.error else ""
         lines.append(f"  ended after {run.calls} of {plan.num_rows} rows{why}")
     holds = any(row.delta_weights and not row.evaluates_both for row in plan.rows)
-    if holds and not any(row.cond_weights for row in plan.rows):  # fitted rows make up for it
+    if holds and plan.method == "thg" and not planned:  # fitted rows make up for it
         lines.append("  one state for tortoise and hare: exact where the solver has no history")
     return [*lines, *(f"  {note}" for note in plan.notes)]
 
