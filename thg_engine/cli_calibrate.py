@@ -60,6 +60,12 @@ def add_parser(commands: Any) -> None:
     calibrate.add_argument("--negative-prompt", default="", metavar="TEXT", help="(none)")
     calibrate.add_argument("--batch-size", type=int, default=8, help="samples at a time (8)")
     calibrate.add_argument("--seed", type=int, default=0, help="of the noises (0)")
+    _add_plans(calibrate)
+    calibrate.set_defaults(run=_calibrate)
+
+
+def _add_plans(calibrate: argparse.ArgumentParser) -> None:
+    """Flags of fitted plans."""
     calibrate.add_argument("--plans", action="store_true", help="fit plans for a range of budgets")
     calibrate.add_argument(
         "--budgets",
@@ -68,6 +74,7 @@ def add_parser(commands: Any) -> None:
         metavar="NFE",
         help="--plans: evaluations per image (18 of them, 10 to 100)",
     )
+    calibrate.add_argument("--refine", type=int, help="--plans: rounds of moving points (0)")
     calibrate.add_argument("--samples", type=int, help="--plans: noises per prompt (1)")
     calibrate.add_argument(
         "--work-dir", type=Path, metavar="DIR", help="--plans: to go on after an interruption"
@@ -75,7 +82,6 @@ def add_parser(commands: Any) -> None:
     calibrate.add_argument(
         "--max-sequence-length", type=int, help="--plans: of text encoders that pad to it"
     )
-    calibrate.set_defaults(run=_calibrate)
 
 
 def _calibrate(args: argparse.Namespace) -> None:
@@ -122,7 +128,8 @@ def _calibrate(args: argparse.Namespace) -> None:
 
 def _refuse_flags_of_the_other(args: argparse.Namespace) -> None:
     """Flags that this kind of calibration would ignore."""
-    names = ("steps",) if args.plans else ("budgets", "samples", "work_dir", "max_sequence_length")
+    of_plans = ("budgets", "refine", "samples", "work_dir", "max_sequence_length")
+    names = ("steps",) if args.plans else of_plans
     for name in names:
         if getattr(args, name) is not None:
             flag = f"--{name.replace('_', '-')}"
@@ -152,6 +159,7 @@ def _calibrate_plans(args: argparse.Namespace, out: Path) -> None:
         batch_size=args.batch_size,
         samples=1 if args.samples is None else args.samples,
         seed=args.seed,
+        refine=args.refine or 0,
         model=args.model,
         work_dir=args.work_dir,
         **extra,

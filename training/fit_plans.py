@@ -23,6 +23,7 @@ DATA = Path(thg_engine.__file__).parent / "data"
 BUDGETS = (12, 16, 20, 24, 32, 40, 56, 80)
 SCALES = (7.5, 5.0, 3.0, 2.0)
 """The default scale of Stable Diffusion first: grids are made for it."""
+ROUNDS = 2
 OPTIONS = {"sd": {}, "flow": {"max_sequence_length": 1}}
 
 
@@ -42,6 +43,7 @@ def main() -> None:
         budgets=BUDGETS,
         samples=args.samples,
         seed=SELECTION_SEED,
+        refine=ROUNDS,
         batch_size=27,
         model=f"the pipeline in the box ({args.name})",
         work_dir=args.work_dir,

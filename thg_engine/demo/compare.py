@@ -22,7 +22,6 @@ from .. import compile, uncompile
 from ..errors import InvalidArgument
 from ..fitting.shipped import shipped_front
 from ..guidance import THG, CFGCache, Guidance
-from ..integrations.diffusers.resolve import fingerprint
 from .classifier import CLASSES, COLOURS, load_classifier
 from .pipeline_loader import load_pipeline
 
@@ -152,6 +151,8 @@ class _Runner:
     def __init__(
         self, pipe: StableDiffusionPipeline, captions: Sequence[str], settings: Settings
     ) -> None:
+        from ..integrations.diffusers.resolve import fingerprint
+
         self.pipe, self.settings = pipe, settings
         self.plans = shipped_front(fingerprint(pipe.unet))
         size = pipe.unet.config.sample_size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from torch import Tensor
 
@@ -23,6 +23,10 @@ class Registers:
     deltas: list[Tensor] = field(default_factory=list)
     guided: list[Tensor] = field(default_factory=list)
     states: list[Tensor] = field(default_factory=list)
+
+    def copy(self) -> Registers:
+        """The same values; what happens to one of both does not to the other."""
+        return Registers(*(list(getattr(self, each.name)) for each in fields(self)))
 
     def observe(self, row: Row, cond: Tensor, uncond: Tensor | None) -> None:
         """Take in the denoiser's outputs of ``row``: C, D and E shift.

@@ -87,26 +87,43 @@ def fit_rows(
         gather: brings rows of other processes.
         on_row: called after each row.
     """
-    runs = [Registers([t.samples[0].to(t.batch.noise.device)]) for t in trajectories]
+    runs = at_noise(trajectories)
     found = []
-    for i, row in enumerate(plan.rows):
-        parts, bases, features = [], [], []
-        for registers, trajectory in zip(runs, trajectories, strict=True):
-            observe(engine, registers, row, trajectory.batch)
-            base = registers.following(row)
-            target = trajectory.samples[nodes[i + 1]].to(base.device)
-            features.append(_features(registers))
-            bases.append(base)
-            parts.append(Products.of(features[-1], target - base, trajectory.batch.prompts))
-        packed = gather(Products.joined(parts).packed()).cpu()
-        fit = cross_validated(Products.unpacked(packed, len(features[0])))
-        for registers, base, given in zip(runs, bases, features, strict=True):
-            for weight, feature in zip(fit.weights, given, strict=True):
-                base = base.add(feature, alpha=weight)
-            registers.push(base, DEPTH)
-        found.append(_named(fit.weights, runs[0], fit.gain, row))
+    for row, node in zip(plan.rows, nodes[1:], strict=True):
+        found.append(fit_row(engine, row, node, runs, trajectories, gather))
         on_row()
     return tuple(found)
+
+
+def at_noise(trajectories: Sequence[Trajectory]) -> list[Registers]:
+    """Registers of runs that begin where these did."""
+    return [Registers([t.samples[0].to(t.batch.noise.device)]) for t in trajectories]
+
+
+def fit_row(
+    engine: Engine,
+    row: Row,
+    node: int,
+    runs: Sequence[Registers],
+    trajectories: Sequence[Trajectory],
+    gather: Gather = lambda rows: rows,
+) -> Correction:
+    """The correction of a row that leads to ``node``; ``runs`` take the corrected step."""
+    parts, bases, features = [], [], []
+    for registers, trajectory in zip(runs, trajectories, strict=True):
+        observe(engine, registers, row, trajectory.batch)
+        base = registers.following(row)
+        target = trajectory.samples[node].to(base.device)
+        features.append(_features(registers))
+        bases.append(base)
+        parts.append(Products.of(features[-1], target - base, trajectory.batch.prompts))
+    packed = gather(Products.joined(parts).packed()).cpu()
+    fit = cross_validated(Products.unpacked(packed, len(features[0])))
+    for registers, base, given in zip(runs, bases, features, strict=True):
+        for weight, feature in zip(fit.weights, given, strict=True):
+            base = base.add(feature, alpha=weight)
+        registers.push(base, DEPTH)
+    return _named(fit.weights, runs[0], fit.gain, row)
 
 
 def observe(engine: Engine, registers: Registers, row: Row, batch: Batch) -> None:
@@ -145,14 +162,26 @@ def errors(
     gather: Gather = lambda rows: rows,
 ) -> Tensor:
     """Relative error |x_0 - x*_0| / |x*_0| of every sample, shape ``(B,)``, float64."""
-    found = []
+    runs = []
     for trajectory in trajectories:
         device = trajectory.batch.noise.device
         registers = Registers([plan.initial_scale * trajectory.samples[0].to(device)])
         for row in plan.rows:
             observe(engine, registers, row, trajectory.batch)
             registers.push(registers.following(row), DEPTH)
-        final = trajectory.final.to(device).double().flatten(1)
+        runs.append(registers)
+    return distances(runs, trajectories, gather)
+
+
+def distances(
+    runs: Sequence[Registers],
+    trajectories: Sequence[Trajectory],
+    gather: Gather = lambda rows: rows,
+) -> Tensor:
+    """`errors` of runs that have come to their ends."""
+    found = []
+    for registers, trajectory in zip(runs, trajectories, strict=True):
+        final = trajectory.final.to(registers.samples[0].device).double().flatten(1)
         gap = registers.samples[0].double().flatten(1) - final
         found.append(gap.norm(dim=1) / final.norm(dim=1))
     return gather(torch.cat(found)).cpu()

@@ -21,6 +21,7 @@ from ..schedule import NoiseSchedule, Point
 from ..solvers import get_solver, solver_table
 from .front import PlanEntry, ScaleFit, StockEntry, base_plan
 from .reference import DATA, LAMBDA_LIMITS, Batch, Nodes, Trajectory, converge, make_nodes
+from .refine import SHIFTS, Refiner
 from .registers import Registers
 from .rows import DEPTH, Correction, Gather, corrected, errors, fit_rows, observe
 from .spans import Grid, SpanErrors, inner_products
@@ -34,8 +35,13 @@ PROBES = 6
 PROBE_SIZE = 1e-2
 """Of a perturbation, relative to the sample: small against it, large against rounding."""
 
+MAX_REFINED = 20
+"""Rows of the longest grids that are refined: the work grows with their square, gains shrink."""
+
 StockPlan = Callable[[float], SamplingPlan]
 """The plan of an ordinary solver at a guidance scale."""
+Measured = dict[float, dict[Grid, ScaleFit]]
+"""Fits of every grid, by guidance scale."""
 
 
 @dataclass
@@ -57,6 +63,7 @@ class Task:
         store: keeps what has been done, so that an interrupted calibration goes on.
         progress: whether bars are shown.
         end: where runs end.
+        refine: rounds in which nodes of each scale's best grids are moved (`fitting.refine`).
     """
 
     engine: Engine
@@ -72,6 +79,7 @@ class Task:
     store: Store = field(default_factory=Store)
     progress: bool = False
     end: Point = DATA
+    refine: int = 0
     nodes: Nodes = field(init=False)
 
     def __post_init__(self) -> None:
@@ -95,23 +103,82 @@ def search(task: Task, stock: Mapping[tuple[str, int], StockPlan]) -> Found:
         stock: ordinary solvers to be measured beside, by (name, N).
     """
     runs = {scale: Converged.of(task, scale) for scale in task.guidance_scales}
-    grids = candidate_grids(task, runs[task.guidance_scales[0]].fit)
-    measured: dict[float, dict[Grid, ScaleFit]] = {scale: {} for scale in sorted(runs)}
-    with task.bar("fit", len(grids) * len(runs)) as bar:
-        for scale in task.guidance_scales:
-            for grid in grids:
-                measured[scale][grid] = fitted(task, grid, runs[scale])
-                bar.update()
-    # Base rows run beyond the scales, so that a grid on which they overflow makes no plan.
-    stable = [grid for grid in grids if all(fits[grid].is_finite for fits in measured.values())]
+    measured: Measured = {scale: {} for scale in sorted(runs)}
+    stable = _measure(
+        task, candidate_grids(task, runs[task.guidance_scales[0]].fit), runs, measured
+    )
     if not stable:
         raise CalibrationError("on every grid some run overflowed: no plan was made.")
+    if task.refine:
+        grids = _refined_grids(task, stable, runs, measured)
+        stable += _measure(task, grids, runs, measured)
     # What is best at one scale need not be at another: a front holds both, and serves each w.
     kept = dict.fromkeys(grid for fits in measured.values() for grid in undominated(fits, stable))
     entries = [
         entry_of(task, grid, tuple(fits[grid] for fits in measured.values())) for grid in kept
     ]
     return Found(tuple(entries), tuple(_stock(task, runs, stock)))
+
+
+def _measure(
+    task: Task, grids: Sequence[Grid], runs: Mapping[float, Converged], measured: Measured
+) -> list[Grid]:
+    """Enter fits of ``grids`` at every scale; those of them that may make a plan."""
+    with task.bar("fit", len(grids) * len(runs)) as bar:
+        for scale in task.guidance_scales:
+            for grid in grids:
+                measured[scale][grid] = fitted(task, grid, runs[scale])
+                bar.update()
+    # Base rows run beyond the scales, so that a grid on which they overflow makes no plan.
+    return [grid for grid in grids if all(fits[grid].is_finite for fits in measured.values())]
+
+
+def _refined_grids(
+    task: Task, stable: Sequence[Grid], runs: Mapping[float, Converged], measured: Measured
+) -> tuple[Grid, ...]:
+    """What moving nodes makes of each scale's best grid for each budget, where it is new."""
+    found: dict[Grid, None] = {}
+    starts = [
+        (scale, grid)
+        for scale in task.guidance_scales
+        for grid in _best_within(task, stable, measured[scale])
+    ]
+    tries = sum(task.refine * len(SHIFTS) * (len(grid.nodes) - 1) for _, grid in starts)
+    with task.bar("refine", tries) as bar:
+        for scale, grid in starts:
+            found[_refined(task, grid, runs[scale], bar.update)] = None
+    return tuple(grid for grid in found if grid not in measured[task.guidance_scales[0]])
+
+
+def _best_within(
+    task: Task, stable: Sequence[Grid], fits: Mapping[Grid, ScaleFit]
+) -> tuple[Grid, ...]:
+    """The most accurate grid within each budget, each once; of long ones none."""
+    found: dict[Grid, None] = {}
+    for budget in task.budgets:
+        most = budget / 2 * task.c2 + 1e-6
+        within = [grid for grid in stable if grid.cost(task.c2) <= most]
+        if within:
+            found[min(within, key=lambda grid: fits[grid].error)] = None
+    return tuple(grid for grid in found if len(grid.nodes) <= MAX_REFINED)
+
+
+def _refined(task: Task, grid: Grid, runs: Converged, on_try: Callable[[], None]) -> Grid:
+    key = f"refined-{task.refine}-{runs.guidance_scale:g}-{grid}"
+    nodes = task.store.json(key)
+    if nodes is None:
+        given = (task.schedule, task.prediction_type, runs.guidance_scale)
+        refiner = Refiner(
+            task.engine,
+            lambda each: base_plan(entry_of(task, each, ()), *given),
+            runs.fit,
+            task.nodes.last,
+            task.gather,
+            on_try,
+        )
+        nodes = refiner.refined(grid, task.refine).nodes
+        task.store.put_json(key, nodes)
+    return Grid(tuple(nodes), tuple(nodes[i] for i in grid.coarse_rows))
 
 
 @dataclass(frozen=True)
@@ -239,7 +306,7 @@ def entry_of(task: Task, grid: Grid, fits: tuple[ScaleFit, ...]) -> PlanEntry:
 def fitted(task: Task, grid: Grid, runs: Converged) -> ScaleFit:
     """Rows fitted on a grid, and their errors on samples held out; the base where they are less."""
     scale = runs.guidance_scale
-    key = f"fit-{scale:g}-" + "-".join(f"{j}{'b' * (j in grid.both)}" for j in grid.nodes)
+    key = f"fit-{scale:g}-{grid}"
     found = task.store.json(key)
     if found is not None:
         rows = [

@@ -48,6 +48,13 @@ class Grid:
         """Evaluations per sample."""
         return len(self.nodes) + len(self.both)
 
+    def __str__(self) -> str:
+        return "-".join(f"{j}{'b' * (j in self.both)}" for j in self.nodes)
+
+    def cost(self, c2: float) -> float:
+        """In evaluations of the conditional branch alone."""
+        return len(self.nodes) + (c2 - 1) * len(self.both)
+
     @property
     def coarse_rows(self) -> tuple[int, ...]:
         """Rows, not nodes, that evaluate both branches."""

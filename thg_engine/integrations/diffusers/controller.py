@@ -184,9 +184,8 @@ class Controller:
         """What runs, how, and what does not with its reason; readable text."""
         if self.inactive:
             return f"thg_engine: not active, {self.inactive}."
-        planned = self._planner is not None
         lines = [guidance_line(self.guidance), *(f"  {note}" for note in self.notes)]
-        if planned:
+        if planned := self._planner is not None:
             lines = ["thg_engine: calibrated plans, one for each call"]
         run, record = self._last, self.record
         if run is None or record is None:
