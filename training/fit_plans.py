@@ -23,7 +23,7 @@ DATA = Path(thg_engine.__file__).parent / "data"
 BUDGETS = (12, 16, 20, 24, 32, 40, 56, 80)
 SCALES = (7.5, 5.0, 3.0, 2.0)
 """The default scale of Stable Diffusion first: grids are made for it."""
-ROUNDS = 2
+ROUNDS = 1
 OPTIONS = {"sd": {}, "flow": {"max_sequence_length": 1}}
 
 
