@@ -76,7 +76,7 @@ def test_the_best_grid_of_every_scale_is_refined(
     tmp_path,
 ) -> None:
     """From the grid that is best there, within each budget; kept where it is better held out."""
-    poor, rich = Grid((0, 2, 5), (0, 2, 5)), Grid((0, 2, 4, 6, 9, 12), (0, 2, 4, 6, 9, 12))
+    poor, rich = Grid((0, 6, 12), (0, 6, 12)), Grid((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5))
     monkeypatch.setattr(searching, "candidate_grids", lambda *_: (poor, rich))
     monkeypatch.setattr(searching, "MAX_REFINED", 5)
     model = Gaussian(VP, "epsilon", 0.3)
@@ -98,7 +98,7 @@ def test_the_best_grid_of_every_scale_is_refined(
         refiner = Refiner(task.engine, base, runs.fit, task.nodes.last)
         expected.add(refiner.refined(poor, 1).nodes)
     assert poor.nodes not in grids and rich.nodes in grids
-    assert grids - {rich.nodes} == expected - {poor.nodes} != set()
+    assert grids - {rich.nodes} == expected and len(expected) == 2
     model.rows = 0
     again = search(task_of(model, Store(tmp_path), **more), {}).plans
     assert again == plans and not model.rows, "nothing is done twice"
