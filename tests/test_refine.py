@@ -76,7 +76,7 @@ def test_the_best_grid_of_every_scale_is_refined(
     tmp_path,
 ) -> None:
     """From the grid that is best there, within each budget; kept where it is better held out."""
-    poor, rich = Grid((0, 6, 12), (0, 6, 12)), Grid((0, 1, 2, 3, 4, 5), (0, 1, 2, 3, 4, 5))
+    poor, rich = Grid((0, 6, 12), (0, 6, 12)), Grid((0, 3, 6, 9, 12, 13), (0, 3, 6, 9, 12, 13))
     monkeypatch.setattr(searching, "candidate_grids", lambda *_: (poor, rich))
     monkeypatch.setattr(searching, "MAX_REFINED", 5)
     model = Gaussian(VP, "epsilon", 0.3)
