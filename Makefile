@@ -26,8 +26,9 @@ OLDEST_DIFFUSERS := 0.40.0
 OLDEST := $(VENV)/diffusers-$(OLDEST_DIFFUSERS)
 OLDEST_TESTS := tests/test_compile.py tests/test_compile_loop.py tests/test_compile_callbacks.py \
   tests/test_compile_runs.py tests/test_guider.py tests/test_guider_pipelines.py \
-  tests/test_composition.py tests/test_composition_caches.py tests/test_adapters.py \
-  tests/test_compile_graphs_zoo.py tests/test_zoo_compile.py
+  tests/test_guider_swap.py tests/test_composition.py tests/test_composition_lora.py \
+  tests/test_composition_caches.py tests/test_adapters.py tests/test_compile_graphs_zoo.py \
+  tests/test_zoo_compile.py
 
 .PHONY: venv demo test test-oldest lint build bench gpu clean
 .DEFAULT_GOAL := venv

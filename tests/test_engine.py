@@ -8,57 +8,17 @@ from contextlib import redirect_stderr
 import pytest
 import torch
 
+from engine_cases import BATCH, METHODS, SHAPE, STEPS, WIDTH, Network, inputs, plan_of
 from mixture import Mixture, vp_points
 from thg_engine.engine import Engine, Run
-from thg_engine.errors import InvalidArgument, ThgError
-from thg_engine.guidance import CFG, THG, CFGCache, GuidanceInterval, SelectiveGuidance
-from thg_engine.lowering import plan_from_solver, plan_from_table, plan_from_timesteps
+from thg_engine.errors import ThgError
+from thg_engine.guidance import CFG, THG
+from thg_engine.lowering import plan_from_solver, plan_from_table
 from thg_engine.plan import Row, SamplingPlan
 from thg_engine.solvers import SOLVERS
 from thg_engine.trace import trace
 
-STEPS, BATCH, SHAPE, WIDTH = 11, 3, (2, 5, 3), 4
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-METHODS = [
-    CFG(),
-    THG(grid=(0, 1, 3, 6), boost=1.2, cutoff=9),
-    CFGCache(3, 0.2),
-    GuidanceInterval(0.2, 0.6),
-    SelectiveGuidance(0.4),
-]
-
-
-class Network:
-    """A small nonlinear model; counts its calls and the rows it evaluates."""
-
-    def __init__(self, seed: int = 0, buffer: bool = False) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.mix = torch.randn(WIDTH, SHAPE[0], generator=generator, dtype=torch.float64)
-        self.calls = self.rows = 0
-        self.seen: list[tuple] = []
-        self.buffer = torch.empty(0) if buffer else None
-
-    def __call__(self, x, timestep, conditioning):
-        self.calls += 1
-        self.rows += len(x)
-        self.seen.append((x.dtype, timestep.dtype, tuple(timestep.shape)))
-        shift = (conditioning.double() @ self.mix)[:, :, None, None]
-        time = timestep.double()[:, None, None, None] / 1000
-        out = torch.tanh(0.7 * x.double() + shift) + 0.3 * torch.sin(x.double() * time)
-        out = out.to(x.dtype)
-        if self.buffer is None:
-            return out
-        if self.buffer.shape != out.shape:
-            self.buffer = torch.empty_like(out)
-        return self.buffer.copy_(out)
-
-
-def inputs(seed: int = 0, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    x_T = torch.randn(BATCH, *SHAPE, generator=generator, dtype=torch.float64).to(dtype)
-    cond = torch.randn(BATCH, WIDTH, generator=generator, dtype=torch.float64)
-    uncond = torch.randn(BATCH, WIDTH, generator=generator, dtype=torch.float64)
-    return x_T, cond, uncond
 
 
 def scheduler_of(name: str):
@@ -158,10 +118,6 @@ def test_float32_registers_lose_only_rounding(solver, guidance):
         for dtype in (torch.float64, torch.float32)
     )
     assert 0 < relative(narrow, wide) < 1e-5
-
-
-def plan_of(guidance=METHODS[1], solver="dpmpp2m", w=4.0) -> SamplingPlan:
-    return plan_from_solver(SOLVERS[solver], vp_points(STEPS), guidance, w)
 
 
 @pytest.mark.parametrize("guidance", METHODS, ids=lambda method: method.name)
@@ -291,67 +247,6 @@ def test_scale_one_ignores_the_unconditional_branch_exactly():
     assert torch.equal(Engine(Network()).sample(x_T, cond, None, plan), both)
 
 
-BAD_INPUTS = [
-    ("x_T", {"x_T": "noise"}),
-    ("x_T", {"x_T": torch.zeros(BATCH, *SHAPE, dtype=torch.int64)}),
-    ("x_T", {"x_T": torch.zeros(BATCH)}),
-    ("x_T", {"x_T": torch.zeros(())}),
-    ("plan", {"plan": "thg"}),
-    ("plan", {"plan": plan_from_timesteps([9, 5], [-1.0, 1.0], CFG(), 3.0, "Foreign")}),
-    ("cond", {"cond": None}),
-    ("cond", {"cond": {"a": None}}),
-    ("cond", {"cond": torch.zeros(BATCH + 1, WIDTH)}),
-    ("cond", {"cond": torch.tensor(1.0)}),
-    ("uncond", {"uncond": None}),
-    ("uncond", {"uncond": torch.zeros(1, WIDTH)}),
-    ("uncond", {"uncond": [torch.zeros(BATCH, WIDTH)]}),
-    ("uncond", {"uncond": torch.zeros(BATCH, WIDTH + 1)}),
-    (
-        "uncond",
-        {
-            "cond": [torch.zeros(BATCH, WIDTH), torch.zeros(BATCH, 1)],
-            "uncond": [torch.zeros(BATCH, WIDTH), None],
-        },
-    ),
-    ("generator", {"generator": 3}),
-    ("generator", {"generator": [torch.Generator()]}),
-]
-
-
-@pytest.mark.parametrize(("argument", "changes"), BAD_INPUTS)
-def test_bad_inputs_are_refused_before_any_denoiser_call(argument, changes):
-    x_T, cond, uncond = inputs()
-    # The first rows evaluate the conditional branch alone: a late check would come too late.
-    plan = plan_of(GuidanceInterval(0.5, 1.0))
-    network = Network()
-    values = {"x_T": x_T, "cond": cond, "uncond": uncond, "plan": plan, **changes}
-    with pytest.raises(InvalidArgument) as caught:
-        Engine(network).sample(**values)
-    assert caught.value.argument == argument and network.calls == 0
-
-
-@pytest.mark.parametrize(
-    ("argument", "make"),
-    [
-        ("denoiser", lambda: Engine(3)),
-        ("register_dtype", lambda: Engine(Network(), register_dtype=torch.float16)),
-        ("register_dtype", lambda: Engine(Network(), register_dtype=torch.int32)),
-        ("model_dtype", lambda: Engine(Network(), model_dtype=torch.int32)),
-        ("watch", lambda: Engine(Network(), watch="network")),
-    ],
-)
-def test_bad_engines(argument, make):
-    with pytest.raises(InvalidArgument) as caught:
-        make()
-    assert caught.value.argument == argument
-
-
-def test_a_denoiser_of_another_shape_is_named():
-    x_T, cond, uncond = inputs()
-    with pytest.raises(InvalidArgument, match="denoiser="):
-        Engine(lambda x, t, c: x[:, :1]).sample(x_T, cond, uncond, plan_of())
-
-
 def test_a_failed_step_can_be_repeated():
     plan, (x_T, cond, uncond) = plan_of(), inputs()
     network = Network()
@@ -419,35 +314,6 @@ def test_batch_members_do_not_mix():
         torch.testing.assert_close(
             Engine(Network()).sample(*part, plan), whole[i : i + 1], rtol=1e-6, atol=1e-6
         )
-
-
-# -- what the kernels would refuse later -----------------------------------------------------------
-
-
-@pytest.mark.parametrize("backend", ["cuda", "nonsense", "cpu"])
-def test_a_backend_that_cannot_run_is_refused_before_any_call(backend):
-    network, (x_T, cond, uncond) = Network(), inputs()
-    engine = Engine(network, register_dtype=torch.float64, backend=backend)
-    with pytest.raises(InvalidArgument, match="backend="):
-        engine.sample(
-            x_T, cond, uncond, plan_from_solver(SOLVERS["ddim"], vp_points(3), CFG(), 3.0)
-        )
-    assert network.calls == 0
-
-
-@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32])
-def test_a_model_dtype_that_no_kernel_has_is_refused(dtype):
-    with pytest.raises(InvalidArgument, match=r"model_dtype=.*use one of torch\.float16"):
-        Engine(Network(), model_dtype=dtype)
-
-
-def test_a_denoiser_may_return_its_input_or_something_else():
-    plan = plan_from_solver(SOLVERS["ddim"], vp_points(3), CFG(), 3.0)
-    x_T, cond, uncond = inputs(dtype=torch.float32)
-    found = Engine(lambda x, t, c: x).sample(x_T, cond, uncond, plan)
-    assert torch.equal(found, Engine(lambda x, t, c: x.clone()).sample(x_T, cond, uncond, plan))
-    with pytest.raises(InvalidArgument, match="must return a tensor"):
-        Engine(lambda x, t, c: (x,)).sample(x_T, cond, uncond, plan)
 
 
 def test_a_result_does_not_keep_the_registers_alive():

@@ -9,12 +9,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from test_fitting import Gaussian, W, batch_of, schedule_of
+from fitted_plans import STOCK
+from gaussian import VP, Gaussian, W
+from search_cases import few_nodes_fixture, task_of  # noqa: F401  (the fixture few_nodes)
 from thg_engine.curves import Calibration
 from thg_engine.errors import CalibrationError, InvalidArgument
 from thg_engine.fitting import search as searching
 from thg_engine.fitting.choose import Target, choose, parse_match, stock_error
-from thg_engine.fitting.front import PlanEntry, PlanFront, ScaleFit, StockEntry, base_plan
+from thg_engine.fitting.front import PlanEntry, PlanFront, ScaleFit, base_plan
 from thg_engine.fitting.reference import make_nodes
 from thg_engine.fitting.rows import Correction
 from thg_engine.fitting.search import Task, search, spread, undominated
@@ -24,7 +26,6 @@ from thg_engine.integrations.diffusers.resolve import load_calibration
 from thg_engine.lowering import plan_from_table
 from thg_engine.solvers import get_solver, solver_table
 
-VP = schedule_of("vp")
 CURVES = Calibration(
     "m", "", "vp/epsilon", "ddim", 1, 5.0, 9, 2, "", "", (0.0, 1.0), (1.0, 2.0), (3.0, 4.0)
 )
@@ -45,10 +46,6 @@ def entry(steps: int, coarse: int, error: float, scales=(3.0, 7.0), solver="dpmp
 
 
 PLANS = (entry(4, 4, 0.08), entry(6, 2, 0.1), entry(8, 2, 0.04), entry(10, 10, 0.02))
-STOCK = (
-    *(StockEntry("dpm++2m", n, w, 0.8 / n**2) for n in (8, 20, 50) for w in (3.0, 7.0)),
-    *(StockEntry("ddim", n, 7.0, 0.8 / n) for n in (10, 40)),
-)
 
 
 def front_of(plans=PLANS, stock=STOCK, curves=None) -> PlanFront:
@@ -231,19 +228,6 @@ def test_errors_of_stock_solvers_between_steps() -> None:
 def test_targets_that_make_no_sense(target, name) -> None:
     with pytest.raises(InvalidArgument, match=rf"^{name}="):
         Target(**target)
-
-
-def task_of(model: Gaussian, store: Store, **more) -> Task:
-    batches = {"fit": [batch_of(1, 5, 3), batch_of(2, 5, 3)], "held_out": [batch_of(3, 4, 3)]}
-    given = {**batches, "guidance_scales": (W, 2.0), "budgets": (8, 12), "store": store, **more}
-    return Task(model.engine(), VP, "epsilon", **given)
-
-
-@pytest.fixture
-def few_nodes(monkeypatch) -> None:
-    monkeypatch.setattr(
-        searching, "make_nodes", lambda schedule, end: make_nodes(schedule, 16, 2, end)
-    )
 
 
 def stock_plan(scale: float):

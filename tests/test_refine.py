@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from test_fitting import NODES, Fixture, Gaussian, W
-from test_front import VP, few_nodes, task_of  # noqa: F401  (few_nodes is a fixture)
+from gaussian import NODES, VP, Fixture, Gaussian, W
+from search_cases import few_nodes_fixture, task_of  # noqa: F401  (the fixture few_nodes)
 from thg_engine.fitting import search as searching
 from thg_engine.fitting.refine import Refiner
 from thg_engine.fitting.rows import corrected, errors, fit_rows
@@ -71,7 +71,7 @@ def test_rounds_end_where_nothing_changes() -> None:
 
 
 def test_the_best_grid_of_every_scale_is_refined(
-    few_nodes,  # noqa: F811
+    few_nodes,
     monkeypatch,
     tmp_path,
 ) -> None:

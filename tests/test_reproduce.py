@@ -2,52 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy.linalg
 import torch
 from PIL import Image
 
+from reproduce_cases import COUNT, brute_mmd, command, features, pixels, request
 from thg_engine.cli import main
 from thg_engine.demo import load_classifier
 from thg_engine.demo.compare import prompts
-from thg_engine.errors import InvalidArgument, MissingPackage, MissingWeights, ThgError
-from thg_engine.guidance import CFGCache
-from thg_engine.reproduce import methods
-from thg_engine.reproduce.checks import check_metrics
-from thg_engine.reproduce.distances import mmd
 from thg_engine.reproduce.generation import Sampler, Shard
-from thg_engine.reproduce.methods import SOLVERS, Context, guidance_of, register_guidance
 from thg_engine.reproduce.metrics import METRICS, Samples, Setting
-from thg_engine.reproduce.request import check
 from thg_engine.reproduce.running import generate
-from thg_engine.reproduce.samples import Folder, read_wav, write_wav, write_whole
-from thg_engine.reproduce.tables import table, tables
-
-ROWS = "cfg,cfg-cache,thg,cfg-20,thg-20"
-COUNT = 4
-
-
-def command(out: Path, *more: str, rows: str = ROWS, count: int = COUNT) -> list[str]:
-    fixed = ["reproduce", "same-budget", "--model", "demo", "--rows", rows, "--out", str(out)]
-    return [*fixed, "--limit", str(count), "--batch-size", "2", *more]
-
-
-def request(*arguments: str):
-    """What `check` makes of a command line."""
-    parser = argparse.ArgumentParser()
-    from thg_engine.reproduce.cli import add_parser
-
-    add_parser(parser.add_subparsers())
-    return check(parser.parse_args(list(arguments)))
+from thg_engine.reproduce.samples import Folder
 
 
 @pytest.fixture(scope="module")
@@ -73,28 +44,8 @@ def results(made):
     return {row["row"]: row for row in document["rows"]}
 
 
-def pixels(folder: Path, count: int = COUNT) -> np.ndarray:
-    """Images ``(B, H, W, 3)`` of a row, read without the code under test."""
-    return np.stack([np.asarray(Image.open(folder / f"{i:06d}.png")) for i in range(count)])
-
-
-def features(images: np.ndarray) -> np.ndarray:
-    """The classifier's, float64."""
-    batch = torch.from_numpy(images.copy()).permute(0, 3, 1, 2).float() / 255
-    return load_classifier().features(batch).double().numpy()
-
-
 def bytes_of(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.glob("*.png"))}
-
-
-def brute_mmd(x: np.ndarray, y: np.ndarray, sigma: float = 10.0) -> float:
-    def kernel(a, b):
-        return float(
-            np.mean([[np.exp(-((p - q) ** 2).sum() / (2 * sigma**2)) for q in b] for p in a])
-        )
-
-    return 1000 * (kernel(x, x) + kernel(y, y) - 2 * kernel(x, y))
 
 
 def test_published_stands_beside_measured(made, results):
@@ -148,35 +99,6 @@ def test_scores_are_those_of_an_independent_computation(made, results):
     assert measured["class-accuracy"] == (found[0] == classes).float().mean().item()
     both = (found[0] == classes) & (found[1] == colours)
     assert measured["joint-accuracy"] == both.float().mean().item()
-
-
-@pytest.mark.filterwarnings("ignore:Matrix is singular")  # features that are 0 on all images
-def test_frechet_distance_against_scipy(tmp_path):
-    """More images than features, so that square roots of matrices are well conditioned."""
-    generator = np.random.default_rng(0)
-    sets = []
-    for name, spread in (("a", 255), ("b", 140)):
-        (tmp_path / name).mkdir()
-        coarse = generator.integers(0, spread, (160, 4, 4, 3), dtype=np.uint8)
-        images = coarse.repeat(8, 1).repeat(8, 2)
-        for i, image in enumerate(images):
-            Image.fromarray(image).save(tmp_path / name / f"{i:06d}.png")
-        sets.append(features(images))
-    files = [sorted((tmp_path / name).iterdir()) for name in ("a", "b")]
-    score = METRICS["fid"].make(Setting(files[0], (32, 32), boxed=True))
-    first = score(Samples(files[1], [""] * 160))
-    assert score(Samples(files[1], [""] * 160)) == first  # nothing is left of the last row
-    (m1, m2), (s1, s2) = ([f.mean(0) for f in sets], [np.cov(f.T) for f in sets])
-    root = scipy.linalg.sqrtm(s1 @ s2).real
-    expected = ((m1 - m2) ** 2).sum() + np.trace(s1 + s2 - 2 * root)
-    assert first == pytest.approx(expected, rel=1e-4)
-
-
-def test_mmd_against_brute_force():
-    generator = torch.Generator().manual_seed(0)
-    x, y = (torch.randn(n, 7, generator=generator, dtype=torch.float64) * 9 for n in (13, 8))
-    assert mmd(x, y) == pytest.approx(brute_mmd(x.numpy(), y.numpy()), rel=1e-10)
-    assert mmd(x, x) == pytest.approx(0, abs=1e-9)
 
 
 class Interrupted:
@@ -296,252 +218,6 @@ def test_scores_of_an_earlier_run_stay(made, results):
     assert after["cfg"] == results["cfg"]
 
 
-BAD = [
-    ([], "TABLE=None"),
-    (["table-9"], "TABLE='table-9'"),
-    (["sd15"], "--model=None"),
-    (["sd15", "--model", "no/such"], "--model='no/such'"),
-    (["audioldm2", "--model", "demo"], "--model='demo'"),
-    (["sd15", "--model", "demo", "--rows", "ddim"], "--rows='ddim'"),
-    (["sd15", "--model", "demo", "--rows", ","], "--rows=''"),
-    (["sd15", "--model", "demo", "--limit", "1"], "--limit=1"),
-    (["sd15", "--model", "demo", "--batch-size", "0"], "--batch-size=0"),
-    (["sd15", "--model", "demo", "--seed", "-1"], "--seed=-1"),
-    (["sd15", "--model", "demo", "--metrics", "fad"], "--metrics='fad'"),
-    (["sd15", "--model", "demo", "--metrics", "psnr"], "--metrics='psnr'"),
-    (["sd15", "--model", "demo", "--metrics", "clip-score"], "--weights='clip-score=PATH'"),
-    (["sd15", "--model", "demo", "--weights", "clip-score"], "--weights='clip-score'"),
-    (["sd15", "--model", "demo", "--weights", "cmmd=no/such"], "--weights='cmmd=no/such'"),
-    (["sd15", "--model", "demo", "--prompts", "no.txt"], "--prompts='no.txt'"),
-    (["sd15", "--model", "demo", "--prompts", "OTHER"], "--prompts='a cat'"),
-    (["sd15", "--model", "demo", "--images", "no/such"], "--images='no/such'"),
-    (["sd15", "--model", "demo", "--audio", "."], "--audio='.'"),
-    (["sd15", "--model", "demo", "--calibration", "no.json"], "no.json"),
-    (["sd15", "--model", "demo", "--out", "OTHER/sub"], "--out="),
-    (["sd15", "--model", "PIPE", "--metrics", "none"], "--prompts=None"),
-    (["sd35", "--model", "PIPE"], "it holds a StableDiffusionPipeline"),
-    (["sd15", "--model", "PIPE", "--metrics", "class-accuracy"], "--metrics='class-accuracy'"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[message for _, message in BAD])
-def test_mistakes_end_in_one_line_before_anything_runs(
-    arguments, message, tmp_path, monkeypatch, capsys
-):
-    from thg_engine.demo.pipeline_loader import PIPELINE_DIR
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Sampler, "_load", lambda self: pytest.fail("a pipeline was loaded"))
-    (tmp_path / "other.txt").write_text("a cat\na dog\n")
-    named = {"OTHER": "other.txt", "OTHER/sub": "other.txt/sub", "PIPE": str(PIPELINE_DIR)}
-    line = ["reproduce", *(named.get(part, part) for part in arguments)]
-    assert main(line if "--out" in line else [*line, "--out", "out"]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert len(error.strip().splitlines()) == 1
-    assert not list(tmp_path.glob("out/*"))
-
-
-def test_a_reference_is_asked_for(tmp_path):
-    from thg_engine.demo.pipeline_loader import PIPELINE_DIR
-
-    captions = tmp_path / "captions.txt"
-    captions.write_text("a cat\na dog\n")
-    line = ["reproduce", "sd15", "--model", str(PIPELINE_DIR), "--prompts", str(captions)]
-    line += ["--out", str(tmp_path / "out"), "--metrics", "cmmd", "--weights", f"cmmd={tmp_path}"]
-    with pytest.raises(InvalidArgument, match=r"--images=None: cmmd compare with .*COCO"):
-        request(*line)
-
-
-def test_what_is_missing_is_named_with_its_command(monkeypatch, tmp_path):
-    for module in ("torch_fidelity", "ImageReward", "frechet_audio_distance"):
-        monkeypatch.setitem(sys.modules, module, None)
-    for name, kind in (("fid", "image"), ("image-reward", "image"), ("fad", "audio")):
-        (distribution,) = METRICS[name].packages.values()
-        with pytest.raises(MissingPackage, match=rf"metric {name} .*pip install {distribution}"):
-            check_metrics([name], kind, {}, boxed=False)
-    assert issubclass(MissingPackage, ThgError)
-
-
-def test_tables_hold_what_was_published():
-    """Against the paper's own numbers, a row of each table; and the cost of every known grid."""
-    assert set(tables()) == {"sd15", "sd35", "audioldm2", "same-budget", "boost", "rho"}
-    published = {(key, row.name): row for key, one in tables().items() for row in one.rows}
-    assert dict(published["sd15", "dpm2-thg"].published) == {
-        **{"fid": 12.909, "cmmd": 0.60868, "clip-score": 26.205, "image-reward": 0.14926}
-    }
-    assert published["sd35", "thg"].published["image-reward"] == 1.02365
-    assert dict(published["audioldm2", "thg"].published) == {"fad": 2.764, "clap": 0.2342}
-    assert published["boost", "boost-1.15"].published["fid"] == 14.472
-    assert published["rho", "rho-1.3"].published["image-reward"] == 0.108
-    nfes = [row.nfe for row in table("rho").rows]
-    assert nfes == [75, 73, 70, 69, 67]
-    for (key, name), row in published.items():
-        if row.method == "cfg":
-            assert row.nfe == 2 * row.num_steps
-        elif row.options.get("grid") != "calibrated" and row.method != "cfg-cache-fft":
-            method = guidance_of(row, Context(table(key).model))
-            rows = method.rows([float(i) for i in range(row.num_steps)], 7.5)
-            assert row.num_steps + sum(r.evaluates_both for r in rows) == row.nfe, name
-
-
-def test_an_unknown_method_is_not_available():
-    row = replace(table("sd15").rows[0], method="no-such-method")
-    with pytest.raises(methods.NotAvailable, match="no method 'no-such-method'"):
-        guidance_of(row, Context("stable-diffusion-1.5"))
-    row = table("audioldm2").select(["thg"])[0]
-    with pytest.raises(methods.NotAvailable, match=r"rho = 0.9 at N = 50 .*--calibration"):
-        guidance_of(row, Context("audioldm2"))
-
-
-def test_a_method_can_be_plugged_in():
-    row = table("sd35").select(["cfg-cache"])[0]
-    before = dict(methods._FACTORIES)
-    register_guidance("cfg-cache-fft", lambda row, context: CFGCache(**row.options))
-    try:
-        method = guidance_of(row, Context("stable-diffusion-3.5-large"))
-        rows = method.rows([0.0] * 28, 3.5)
-        assert 28 + sum(r.evaluates_both for r in rows) == row.nfe == 38
-    finally:
-        methods._FACTORIES.clear()
-        methods._FACTORIES.update(before)
-
-
-@pytest.mark.filterwarnings("ignore:.*algorithm_type.*:FutureWarning")
-@pytest.mark.parametrize(("key", "solver"), [("ddim", "ddim"), ("dpm2", "dpm2"), ("lms2", "lms2")])
-def test_schedulers_are_the_papers_solvers(key, solver):
-    """The scheduler's own steps against the closed form of the solver it is taken for."""
-    from thg_engine.demo import load_pipeline
-    from thg_engine.schedule import grid_points
-    from thg_engine.solvers import get_solver, solver_table
-    from thg_engine.trace import trace
-
-    scheduler = SOLVERS[key](load_pipeline().scheduler.config)
-    scheduler.set_timesteps(16)  # below 15, the multistep scheduler ends in a first-order step
-    steps = trace(scheduler).rows
-    assert len(steps) == 16
-    expected = solver_table(get_solver(solver), grid_points(scheduler), "epsilon").rows
-    scale = scheduler.init_noise_sigma  # schedulers in sigma keep x / alpha, the forms keep x
-    for row, want in zip(steps, expected, strict=True):
-        assert len(row.output_weights) == len(want.output_weights)
-        if scale == 1:
-            np.testing.assert_allclose(row.sample_weights, want.sample_weights, rtol=1e-5)
-            np.testing.assert_allclose(row.output_weights, want.output_weights, rtol=1e-4)
-        else:
-            sigmas = [p.sigma_t / p.alpha_t for p in grid_points(scheduler)]
-            i = steps.index(row)
-            h = sigmas[i + 1] - sigmas[i]
-            r = h / (2 * (sigmas[i] - sigmas[i - 1])) if i else 0.0
-            gains = [h * (1 + r), -h * r] if i else [h]
-            np.testing.assert_allclose(row.output_weights, gains, rtol=1e-4)
-
-
-def test_the_velocity_pipeline_stands_in_or_is_missed(tmp_path):
-    from thg_engine.demo.pipeline_loader import FOLDERS
-
-    line = ["reproduce", "sd35", "--model", "demo", "--limit", "2", "--rows", "cfg,thg"]
-    line += ["--out", str(tmp_path)]
-    if not (FOLDERS["flow"] / "model_index.json").is_file():
-        with pytest.raises(MissingWeights, match="'flow' pipeline"):
-            request(*line)
-        return
-    assert main(line) == 0
-    rows = json.loads((tmp_path / "results.json").read_text())["rows"]
-    assert [row["nfe"]["counted"] for row in rows] == [56, 38]
-
-
-def test_half_a_file_never_takes_the_name(tmp_path):
-    def cut_short(path):
-        path.write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        write_whole(tmp_path / "a.png", cut_short)
-    assert not list(tmp_path.iterdir())
-
-
-def test_sound_survives_the_disk(tmp_path):
-    sound = np.sin(np.linspace(0, 40, 1600)) * 1.2  # beyond full scale: clipped, not wrapped
-    write_wav(tmp_path / "a.wav", sound, 16_000)
-    found, rate = read_wav(tmp_path / "a.wav")
-    assert rate == 16_000
-    np.testing.assert_allclose(found, np.clip(sound, -1, 1), atol=1 / 32767)
-
-
-def test_sounds_are_made_counted_and_resumed(tmp_path, monkeypatch):
-    """On a genuine AudioLDM 2 of tiny random parts, with fewer steps than the table's."""
-    from thg_engine.reproduce.generation import Job
-    from zoo_videos_audio import audioldm2
-
-    pipe, arguments = audioldm2()
-    pipe.set_progress_bar_config(disable=True)
-    # Its decoder paints three channels, which no vocoder can voice: latents as sound will do.
-    pipe.mel_spectrogram_to_waveform = lambda mel: mel.flatten(1)
-    monkeypatch.setattr(Sampler, "_load", lambda self: listening(self, pipe))
-    chosen = replace(table("audioldm2"), guidance_scale=arguments["guidance_scale"])
-    captions = tuple(arguments["prompt"])[:2] if isinstance(arguments["prompt"], list) else ()
-    captions = captions or (arguments["prompt"],) * 2
-    job = Job(chosen, "demo", captions, 0, torch.float32, None, tmp_path, 2)
-    row = replace(chosen.rows[1], num_steps=6, options={"interval": 2, "start": 0.5})
-    Sampler(job).run(row, guidance_of(row, Context("audioldm2")))
-    folder = job.folder(row.name)
-    sounds = [read_wav(path) for path in folder.files(2)]
-    assert all(np.isfinite(sound).all() and len(sound) > 0 for sound, _ in sounds)
-    assert {rate for _, rate in sounds} == {pipe.vocoder.config.sampling_rate}
-    assert folder.evaluations() == (11.0, 11)  # 6 rows, both branches in 0, 1, 2, 3, 5
-    Sampler(job).run(row, guidance_of(row, Context("audioldm2")))
-    assert folder.evaluations() == (11.0, 11) and len(list(folder.path.glob("*.jsonl"))) == 1
-
-
-def listening(sampler, pipe):
-    """The pipeline with the sampler's counter, as `Sampler._load` leaves it."""
-    sampler._first_layer(pipe).register_forward_hook(sampler._count)
-    return pipe
-
-
-def test_fad_scores_the_first_samples_alone(tmp_path, monkeypatch):
-    """Against a stand-in with the package's interface: it takes folders, and -1 is its failure."""
-    seen = {}
-
-    class FrechetAudioDistance:
-        def __init__(self, **options):
-            seen["options"] = options
-
-        def score(self, background, evaluated):
-            seen["folders"] = [len(os.listdir(folder)) for folder in (background, evaluated)]
-            return seen.get("answer", 2.5)
-
-    stand_in = SimpleNamespace(FrechetAudioDistance=FrechetAudioDistance)
-    monkeypatch.setitem(sys.modules, "frechet_audio_distance", stand_in)
-    files = [tmp_path / f"{i:06d}.wav" for i in range(5)]
-    for path in files:
-        write_wav(path, np.zeros(160), 16_000)
-    score = METRICS["fad"].make(Setting(reference=files, weights={"fad": tmp_path}))
-    assert score(Samples(files[:3], ["a"] * 3)) == 2.5
-    assert seen["folders"] == [5, 3]
-    wanted = {"model_name": "vggish", "sample_rate": 16_000, "ckpt_dir": str(tmp_path)}
-    assert seen["options"] == wanted
-    seen["answer"] = -1
-    with pytest.raises(ThgError, match="failed"):
-        score(Samples(files[:3], ["a"] * 3))
-
-
-def test_image_reward_pairs_prompts_with_files(tmp_path, monkeypatch):
-    """Against a stand-in with the package's interface."""
-    given = {}
-
-    def load(name, **options):
-        given.update(options, name=name)
-        return SimpleNamespace(score=lambda prompt, path: len(prompt) + int(Path(path).stem))
-
-    monkeypatch.setitem(sys.modules, "ImageReward", SimpleNamespace(load=load))
-    score = METRICS["image-reward"].make(Setting(weights={"image-reward": tmp_path}))
-    files = [tmp_path / "10.png", tmp_path / "20.png"]
-    assert score(Samples(files, ["a", "bcd"])) == (11 + 23) / 2
-    assert given["name"] == str(tmp_path / "ImageReward.pt")
-    assert given["med_config"] == str(tmp_path / "med_config.json")
-
-
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory):
     """A CLIP of random weights with the boxed pipeline's tokenizer."""
@@ -601,13 +277,3 @@ def test_clip_scores_against_the_model_itself(made, clip_folder):
 def pooled_embedding(model, pixel_values):
     """CLIP's image embedding, layer by layer."""
     return model.visual_projection(model.vision_model(pixel_values=pixel_values)[1])
-
-
-def test_list_names_every_row_and_need(capsys):
-    assert main(["reproduce", "--list"]) == 0
-    printed = capsys.readouterr().out
-    for key, one in tables().items():
-        assert f"{key}: " in printed
-        assert all(row.name in printed for row in one.rows)
-    assert all(name in printed for name in METRICS)
-    assert "pip install torch-fidelity" in printed

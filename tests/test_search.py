@@ -8,8 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from test_fitting import Gaussian, W, best_of_all, cost_of, spans_of
-from test_front import VP, few_nodes, task_of  # noqa: F401  (few_nodes is a fixture)
+from gaussian import VP, Gaussian, W
+from search_cases import (
+    best_of_all,
+    cost_of,
+    few_nodes_fixture,  # noqa: F401  (a fixture)
+    spans_of,
+    task_of,
+)
 from thg_engine.errors import CalibrationError
 from thg_engine.fitting import search as searching
 from thg_engine.fitting.front import ScaleFit
@@ -44,7 +50,7 @@ def test_spread_by_time_and_by_half_log_snr() -> None:
     assert even != bent and even[0] == bent[0] == 0 and even[-1] == bent[-1]
 
 
-def test_grids_of_the_dynamic_programme_are_tried(few_nodes, monkeypatch) -> None:  # noqa: F811
+def test_grids_of_the_dynamic_programme_are_tried(few_nodes, monkeypatch) -> None:
     """At a budget of time: calls with both branches, at what they cost here."""
     asked: list[tuple[float, float]] = []
     sparse = Grid((0, 3, 6, 9), (0, 6))
@@ -85,7 +91,7 @@ def test_half_width_of_the_mean() -> None:
 @pytest.mark.parametrize("where", ["error", "base_error"])
 def test_grids_on_which_a_run_overflows_make_no_plan(
     where,
-    few_nodes,  # noqa: F811
+    few_nodes,
     monkeypatch,
 ) -> None:
     grids = [Grid((0, middle, 10), (0, middle, 10)) for middle in (4, 5)]
