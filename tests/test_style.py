@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = {"thg_engine": ROOT / "thg_engine", "thg_kernels": ROOT / "kernels" / "thg_kernels"}
 MAX_FUNCTION, MAX_KERNEL, MAX_FILE, MAX_CORE, MAX_RUNTIME = 40, 60, 400, 2500, 1000
 FILES = sorted(path for package in PACKAGES.values() for path in package.rglob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
 def _name(path: Path) -> str:
@@ -98,6 +99,11 @@ def test_file_keeps_the_rules(path: Path) -> None:
     if _lines(path) > MAX_FILE:
         faults.append(f"1: the file has {_lines(path)} lines, the budget is {MAX_FILE}")
     assert not faults, "\n".join(f"{_name(path)}:{fault}" for fault in faults)
+
+
+@pytest.mark.parametrize("path", TESTS, ids=_name)
+def test_file_of_tests_is_short(path: Path) -> None:
+    assert _lines(path) <= MAX_FILE, f"{_name(path)}: {_lines(path)} lines of {MAX_FILE}"
 
 
 def test_core_stays_small() -> None:
