@@ -1,4 +1,7 @@
-"""Fitted plans of a diffusers pipeline: a calibration of a few minutes on one's own prompts."""
+"""Fitted plans of a diffusers pipeline: a calibration of a few minutes on one's own prompts.
+
+Under ``accelerate launch`` every process takes its share of the prompts; all return the same front.
+"""
 
 from __future__ import annotations
 
@@ -68,8 +71,6 @@ def calibrate_plans(
 ) -> PlanFront:
     """Fit plans for a range of budgets to a pipeline, and measure them on prompts held out.
 
-    Under ``accelerate launch`` every process takes its share of the prompts; all return the same.
-
     Args:
         pipe: one denoiser call per step for both branches; compiled or not, it is not changed.
         prompts: captions like those it will see, at least six; every third is held out.
@@ -78,8 +79,7 @@ def calibrate_plans(
         negative_prompt: of the unconditional branch.
         solver: of the base rows, one of `thg_engine.solvers.SOLVERS`; None: DPM-Solver++ 2M.
         batch_size, samples, seed: prompts at a time; noises per prompt; of the noise.
-        refine: rounds in which points of the best plans, up to 20 rows long, are moved one by one
-            where that brings the error down: several times the work, better plans of few calls.
+        refine: rounds of moving the points of short grids one by one: better, much more work.
         model, curves: name to record, the pipeline's own if empty; error curves for the same file.
         work_dir: where an interrupted calibration finds what it has done; all processes share it.
         progress: show tqdm bars.
