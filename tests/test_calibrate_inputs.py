@@ -53,6 +53,7 @@ def test_flows_with_a_grid_for_each_size() -> None:
     [
         ({"seed": MAX_SEED}, "seed="),
         ({"seed": -1}, "seed="),
+        *(({"refine": bad}, "refine=") for bad in (-1, True, 0.5)),
         ({"negative_prompt": ["ugly"]}, "negative_prompt="),
         ({"height": 7}, "refuses the call"),
     ],
@@ -77,6 +78,7 @@ def test_kept_work_is_of_the_same_negative_prompt() -> None:
     ("flags", "named"),
     [
         (["--budgets", "16"], "--budgets"),
+        (["--refine", "1"], "--refine"),
         (["--samples", "2"], "--samples"),
         (["--work-dir", "x"], "--work-dir"),
         (["--max-sequence-length", "1"], "--max-sequence-length"),
