@@ -108,6 +108,7 @@ def test_demo_measures_what_it_prints(tmp_path, capsys):
     assert rows["CFG"]["psnr_to_cfg"] is None
     # The point of a calibrated grid: closer to full guidance than the fixed interval.
     assert rows["THG"]["psnr_to_cfg"] > rows["CFG-Cache"]["psnr_to_cfg"]
+    assert "but plans" in printed
     # And of a plan: closer to the solution than the full guidance that costs 2.5 times as much.
     plan, full = rows["plan, nfe=40"], rows["CFG"]
     assert plan["num_steps"] == 20

@@ -24,7 +24,7 @@ def calibrate(folder: Path, name: str, launcher: list[str]) -> tuple[PlanFront, 
     command = [*launcher, str(ROOT / "tests" / "plans_worker.py"), "calibrate", "demo-flow"]
     command += ["--plans", "--prompts", str(prompts), "--out", str(folder / name)]
     command += ["--guidance-scales", "5", "--budgets", "8", "12", "--max-sequence-length", "1"]
-    command += ["--batch-size", "2", "--work-dir", str(folder / f"work-{name}")]
+    command += ["--refine", "1", "--batch-size", "2", "--work-dir", str(folder / f"work-{name}")]
     paths = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", ROOT / "tests")))
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, timeout=500, env=environment)
@@ -42,10 +42,15 @@ def test_two_processes_find_the_plans_of_one(tmp_path: Path) -> None:
     shards = [*(tmp_path / "work-two.json").rglob("converged-*-of-2.safetensors")]
     assert {path.stem[-6:] for path in shards} == {"0-of-2", "1-of-2"}
     assert (one.num_prompts, one.num_held_out) == (two.num_prompts, two.num_held_out) == (8, 4)
-    assert [entry.timesteps for entry in one.plans] == [entry.timesteps for entry in two.plans]
-    for a, b in zip(one.plans, two.plans, strict=True):
-        assert a.fits[0].error == pytest.approx(b.fits[0].error, rel=1e-3)
-        assert a.fits[0].error < a.fits[0].base_error
+    # Sums in another order may move a node, and then those after it, elsewhere.
+    for budget in (8, 12):
+        best = [
+            min(e.error_at(5.0) for e in front.plans if e.nfe <= budget) for front in (one, two)
+        ]
+        assert best[0] == pytest.approx(best[1], rel=0.1)
+    for front, name in ((one, "one.json"), (two, "two.json")):
+        assert all(entry.fits[0].error < entry.fits[0].base_error for entry in front.plans)
+        assert [*(tmp_path / f"work-{name}").rglob("refined-1-*.json")]
     pipe = thg_engine.compile(load_pipeline("flow"), calibration=two, nfe=12)
     pipe("a red shirt", guidance_scale=5.0, output_type="latent", max_sequence_length=1)
     assert pipe.thg.stats()["last_nfe"] <= 12

@@ -21,7 +21,7 @@ from zoo_all import ZOO
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You have passed", "ignore:.*is deprecated"),
-    pytest.mark.filterwarnings("ignore:thg_engine: this pipeline is left"),
+    pytest.mark.filterwarnings("ignore:.*this pipeline is left"),
 ]
 HELD, STEPS = THG(grid=2), 8
 COMMON = ["cogvideox", "ltx", "mochi"]

@@ -183,10 +183,10 @@ def test_choice_for_every_kind_of_target() -> None:
     assert (found.entry.num_steps, found.unmet) == (8, "")
     missed = chosen(nfe=4)
     assert missed.entry.num_steps == 4
-    assert missed.unmet == "nfe=4 is out of reach: the cheapest plan takes 8 evaluations"
+    assert missed.unmet == "nfe=4 is out of reach: the cheapest plan takes 8 evaluations, budget 4"
     assert chosen(seconds=0.5).unmet.endswith("the fastest plan takes 0.8 s a sample")
     assert chosen(speedup=100).unmet.endswith(
-        "speedup=100 is out of reach: the fastest plan gives 5.00x"
+        "speedup=100 is out of reach: the fastest plan gives 5x"
     )
 
 

@@ -46,10 +46,10 @@ def by_hand(fixture: Fixture, grid: Grid, rounds: int) -> Grid:
 @pytest.mark.parametrize("kind", ["epsilon", "flow_prediction"])
 def test_moves_that_are_taken(kind: str, name: str, rounds: int) -> None:
     fixture, grid = Fixture(kind), GRIDS[name]
-    tries: list[int] = []
+    nodes: list[int] = []
     refiner = Refiner(
         *(fixture.engine, fixture.base, fixture.fit, fixture.nodes.last),
-        on_try=lambda: tries.append(1),
+        on_node=lambda: nodes.append(1),
     )
     fixture.model.rows = 0
     found = refiner.refined(grid, rounds)
@@ -59,7 +59,7 @@ def test_moves_that_are_taken(kind: str, name: str, rounds: int) -> None:
     assert cost < 0.5 * fixture.model.rows, "what comes before a move is not run again"
     assert len(found.both) == len(grid.both) and found.coarse_rows == grid.coarse_rows
     assert found != grid and error_of(fixture, found) < error_of(fixture, grid)
-    assert 0 < len(tries) <= rounds * 2 * (len(grid.nodes) - 1)
+    assert len(nodes) in [done * (len(grid.nodes) - 1) for done in range(1, rounds + 1)]
     assert refiner.refined(grid, 0) == grid
 
 

@@ -17,7 +17,7 @@ from zoo import ZOO, Zoo, arguments, build, tensor
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:You have passed", "ignore:.*is deprecated"),
-    pytest.mark.filterwarnings("ignore:thg_engine: this pipeline is left"),
+    pytest.mark.filterwarnings("ignore:.*this pipeline is left"),
 ]
 HELD = THG(grid=2)
 

@@ -108,7 +108,7 @@ def demo_table(rows: Sequence[dict[str, Any]], guidance_scale: float) -> Table:
     """The demo's rows for the terminal."""
     from rich.table import Table
 
-    table = Table(title=f"The pipeline in the box, DDIM, w = {guidance_scale:g}")
+    table = Table(title=f"The pipeline in the box, DDIM (but plans), w = {guidance_scale:g}")
     heads = ("method", "steps", "NFE", "s/image", "speed-up", "PSNR to CFG", "error to converged")
     for head in (*heads, "class acc.", "class+colour"):
         table.add_column(head, justify="left" if head == "method" else "right")

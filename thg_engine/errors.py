@@ -5,7 +5,15 @@ from __future__ import annotations
 import sys
 import warnings
 
-BETWEEN = ("thg_engine", "diffusers", "torch", "contextlib")
+BETWEEN = (
+    "thg_engine",
+    "diffusers",
+    "diffusers_modules",
+    "torch",
+    "accelerate",
+    "peft",
+    "contextlib",
+)
 """Packages whose frames lie between a warning and the line that it is about."""
 
 
@@ -55,8 +63,11 @@ class CalibrationError(ThgError):
 
 
 def warn(message: str) -> None:
-    """Warn at the user's own line: the nearest that is neither ours nor a framework's."""
+    """Warn at the user's own line: the nearest that is neither ours nor a framework's.
+
+    In a thread that runs nothing else, that is the line of the standard library that started it.
+    """
     frame, level = sys._getframe(1), 2
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in BETWEEN:
+    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] in BETWEEN:
         frame, level = frame.f_back, level + 1
     warnings.warn(f"thg_engine: {message}.", stacklevel=level)

@@ -133,9 +133,9 @@ def _affordable(
         return within[-1], ""
     cheapest = min(plans, key=costs.__getitem__)
     if target.nfe is not None:
-        least = f"the cheapest plan takes {cheapest.nfe} evaluations"
+        least = f"the cheapest plan takes {cheapest.nfe} evaluations, budget {budget:g}"
     elif target.speedup is not None:
-        least = f"the fastest plan gives {num_steps * c2 / costs[cheapest]:.2f}x"
+        least = f"the fastest plan gives {num_steps * c2 / costs[cheapest]:.4g}x"
     else:
         least = f"the fastest plan takes {costs[cheapest] * seconds[0]:.3g} s a sample"
     return cheapest, f"{target} is out of reach: {least}"

@@ -1,11 +1,12 @@
 """Local search of a grid: nodes are moved one by one while fitted rows come closer.
 
 Span errors know single steps from the converged trajectory; here whole runs of fitted rows are
-compared, on the samples that rows are fitted to: those held out stay unseen.
+compared, on the samples that rows are fitted to: moves do not see those held out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -30,7 +31,7 @@ class Refiner:
         trajectories: converged runs that rows are fitted to.
         last: index of the node at which runs end.
         gather: brings rows of other processes.
-        on_try: called for each grid that has been tried.
+        on_node: called for each node that has been moved or left.
     """
 
     engine: Engine
@@ -38,7 +39,7 @@ class Refiner:
     trajectories: Sequence[Trajectory]
     last: int
     gather: Gather = lambda rows: rows
-    on_try: Callable[[], None] = lambda: None
+    on_node: Callable[[], None] = lambda: None
 
     def refined(self, grid: Grid, rounds: int) -> Grid:
         """``grid`` after so many rounds over its nodes, or as many as change something."""
@@ -48,10 +49,10 @@ class Refiner:
             for k in range(1, len(before.nodes)):
                 for moved in _moves(best.grid, k, self.last):
                     run = self._run(moved, best)
-                    self.on_try()
                     if run.error < best.error:
                         best = run
                         break
+                self.on_node()
             if best.grid == before:
                 break
         return best.grid
@@ -67,8 +68,9 @@ class Refiner:
             current = [registers.copy() for registers in states[-1]]
             fit_row(self.engine, row, node, current, self.trajectories, self.gather)
             states.append(current)
-        error = distances(states[-1], self.trajectories, self.gather).mean()
-        return _Run(grid, steps, states, float(error))
+        error = float(distances(states[-1], self.trajectories, self.gather).mean())
+        # A run that overflows is worse than any other, so that a grid can leave it.
+        return _Run(grid, steps, states, math.inf if math.isnan(error) else error)
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class _Run:
     """A grid whose rows have been fitted.
 
     Attributes:
+        grid: the grid.
         steps: its base rows, and the nodes that they lead to.
         states: registers before each row, and at the end.
         error: mean relative error.

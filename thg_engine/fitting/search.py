@@ -143,28 +143,32 @@ def _refined_grids(
         for scale in task.guidance_scales
         for grid in _best_within(task, stable, measured[scale])
     ]
-    tries = sum(task.refine * len(SHIFTS) * (len(grid.nodes) - 1) for _, grid in starts)
-    with task.bar("refine", tries) as bar:
+    total = 0
+    with task.bar("refine", sum(task.refine * (len(grid.nodes) - 1) for _, grid in starts)) as bar:
         for scale, grid in starts:
             found[_refined(task, grid, runs[scale], bar.update)] = None
+            total += task.refine * (len(grid.nodes) - 1)
+            bar.update(total - bar.n)  # rounds may end early, or come from the store
     return tuple(grid for grid in found if grid not in measured[task.guidance_scales[0]])
 
 
 def _best_within(
     task: Task, stable: Sequence[Grid], fits: Mapping[Grid, ScaleFit]
 ) -> tuple[Grid, ...]:
-    """The most accurate grid within each budget, each once; of long ones none."""
+    """The most accurate grid within each budget, of those short enough to be refined, each once."""
     found: dict[Grid, None] = {}
+    short = [grid for grid in stable if len(grid.nodes) <= MAX_REFINED]
     for budget in task.budgets:
         most = budget / 2 * task.c2 + 1e-6
-        within = [grid for grid in stable if grid.cost(task.c2) <= most]
+        within = [grid for grid in short if grid.cost(task.c2) <= most]
         if within:
             found[min(within, key=lambda grid: fits[grid].error)] = None
-    return tuple(grid for grid in found if len(grid.nodes) <= MAX_REFINED)
+    return tuple(found)
 
 
-def _refined(task: Task, grid: Grid, runs: Converged, on_try: Callable[[], None]) -> Grid:
-    key = f"refined-{task.refine}-{runs.guidance_scale:g}-{grid}"
+def _refined(task: Task, grid: Grid, runs: Converged, on_node: Callable[[], None]) -> Grid:
+    shifts = "".join(map("{:+d}".format, SHIFTS))
+    key = f"refined-{task.refine}-{shifts}-{runs.guidance_scale:g}-{grid}"
     nodes = task.store.json(key)
     if nodes is None:
         given = (task.schedule, task.prediction_type, runs.guidance_scale)
@@ -174,7 +178,7 @@ def _refined(task: Task, grid: Grid, runs: Converged, on_try: Callable[[], None]
             runs.fit,
             task.nodes.last,
             task.gather,
-            on_try,
+            on_node,
         )
         nodes = refiner.refined(grid, task.refine).nodes
         task.store.put_json(key, nodes)

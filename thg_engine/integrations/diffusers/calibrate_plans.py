@@ -79,7 +79,7 @@ def calibrate_plans(
         negative_prompt: of the unconditional branch.
         solver: of the base rows, one of `thg_engine.solvers.SOLVERS`; None: DPM-Solver++ 2M.
         batch_size, samples, seed: prompts at a time; noises per prompt; of the noise.
-        refine: rounds of moving the points of short grids one by one: better, much more work.
+        refine: rounds of moving the points of short grids one by one: better, twice the work each.
         model, curves: name to record, the pipeline's own if empty; error curves for the same file.
         work_dir: where an interrupted calibration finds what it has done; all processes share it.
         progress: show tqdm bars.

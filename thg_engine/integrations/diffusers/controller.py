@@ -185,16 +185,16 @@ class Controller:
         if self.inactive:
             return f"thg_engine: not active, {self.inactive}."
         lines = [guidance_line(self.guidance), *(f"  {note}" for note in self.notes)]
-        if planned := self._planner is not None:
+        planned = self._planner is not None
+        if planned:
             lines = ["thg_engine: calibrated plans, one for each call"]
         run, record = self._last, self.record
         if run is None or record is None:
             lines += plan_lines(self.plan)
         else:
             lines += call_lines(run, record, planned)
-        lines += (
-            [] if self._planner is None else self._planner.lines(why_unfused(run, self.settings))
-        )
+        if self._planner is not None:
+            lines += self._planner.lines(why_unfused(run, self.settings))
         lines += ["  guidance hook: on", step_line(run, self.settings)]
         lines += [graph_line(self._graphs.report(), self.settings)]
         lines += self._drift.lines(record is not None and not record.calls)

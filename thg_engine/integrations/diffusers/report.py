@@ -64,7 +64,8 @@ def call_lines(run: PipelineRun, record: AdapterRecord, planned: bool = False) -
         why = f": {run.error}" if run.error else ""
         lines.append(f"  ended after {run.calls} of {plan.num_rows} rows{why}")
     holds = any(row.delta_weights and not row.evaluates_both for row in plan.rows)
-    if holds and plan.method == "thg" and not planned:  # fitted rows make up for it
+    fitted = any(row.cond_weights for row in plan.rows)  # makes up for it
+    if holds and plan.method == "thg" and not fitted:
         lines.append("  one state for tortoise and hare: exact where the solver has no history")
     return [*lines, *(f"  {note}" for note in plan.notes)]
 
