@@ -10,9 +10,12 @@ import torch
 import transformers
 
 import thg_engine.demo as demo
+import thg_engine.demo.compare as compare
 from thg_engine.demo.classifier import CLASSES, COLOURS, WEIGHTS
 from thg_engine.demo.compare import methods, prompts
 from thg_engine.demo.pipeline_loader import FLOW_DIR, PIPELINE_DIR
+from thg_engine.fitting.shipped import shipped_front
+from thg_engine.integrations.diffusers.resolve import fingerprint
 
 
 def test_components_are_genuine():
@@ -122,9 +125,38 @@ def test_prompts_cover_classes_and_colours():
 
 def test_methods_spend_the_same_budget():
     lambdas = [-3 + 0.12 * i for i in range(50)]
-    for method in methods()[2:]:
-        rows = method.guidance.rows(lambdas, 5.0)
+    guided = [method.guidance for method in methods() if method.guidance is not None]
+    for guidance in guided:
+        rows = guidance.rows(lambdas, 5.0)
         assert sum(1 + row.evaluates_both for row in rows) == 70
+    assert len(guided) == 3 and methods()[1].num_steps == 35
+
+
+def test_no_plan_is_shown_where_it_is_not_fitted(monkeypatch):
+    """Beyond the calibrated scales rows would be unfitted, under the name of a plan."""
+    ran = []
+    found = {}
+
+    class Runner:
+        batches = ()
+
+        def __init__(self, pipe, captions, settings):
+            self.plans = shipped_front(fingerprint(pipe.unet))
+
+        def converged(self):
+            return torch.zeros(1)
+
+        def run(self, method):
+            ran.append(method.label)
+            raise StopIteration
+
+    monkeypatch.setattr(compare, "_Runner", Runner)
+    monkeypatch.setattr(compare, "methods", lambda: methods()[5:] + methods()[:1])
+    for scale in (5.0, 9.0):
+        with pytest.raises(StopIteration):
+            compare.compare(compare.Settings(guidance_scale=scale), progress=False)
+        found[scale] = ran.pop()
+    assert found == {5.0: "plan, nfe=40", 9.0: "CFG"}
 
 
 def test_missing_weights_are_named(tmp_path):
